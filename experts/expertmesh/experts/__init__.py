@@ -1,0 +1,1 @@
+"""Expert replicas: checkpoint reader, grouped FFN, micro-batcher, ExpertService, heartbeat, Serve deployment."""

@@ -1,0 +1,1 @@
+"""Generated protobuf messages and services of expertmesh, version 1."""

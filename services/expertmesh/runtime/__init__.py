@@ -1,0 +1,1 @@
+"""What every process of the mesh shares: errors, wire format, configuration, state, servers. No business rules."""

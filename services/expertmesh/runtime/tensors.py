@@ -1,0 +1,85 @@
+"""torch tensors to and from the wire: raw little-endian bytes with an explicit dtype and shape."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from expertmesh.runtime.errors import InvalidInput
+from expertmesh.runtime.wire import Buffer
+from expertmesh.v1 import tensor_pb2 as pb
+
+TORCH_DTYPES: dict[int, torch.dtype] = {
+    pb.DTYPE_FLOAT32: torch.float32,
+    pb.DTYPE_FLOAT16: torch.float16,
+    pb.DTYPE_BFLOAT16: torch.bfloat16,
+    pb.DTYPE_INT32: torch.int32,
+    pb.DTYPE_INT64: torch.int64,
+}
+WIRE_DTYPES: dict[torch.dtype, pb.DType] = {
+    dtype: pb.DType.ValueType(number) for number, dtype in TORCH_DTYPES.items()
+}
+
+
+def wire_dtype(dtype: torch.dtype, field: str = "dtype") -> pb.DType:
+    """The wire's name of a torch dtype, or InvalidInput naming `field`."""
+    if dtype not in WIRE_DTYPES:
+        names = ", ".join(dtype_name(known) for known in WIRE_DTYPES)
+        raise InvalidInput.of(field, expected=f"one of {names}", got=dtype_name(dtype))
+    return WIRE_DTYPES[dtype]
+
+
+def torch_dtype(number: int, field: str = "dtype") -> torch.dtype:
+    """The torch dtype of a wire number, or InvalidInput naming `field`."""
+    if number not in TORCH_DTYPES:
+        names = ", ".join(dtype_name(known) for known in WIRE_DTYPES)
+        raise InvalidInput.of(field, expected=f"one of {names}", got=f"DType {number}")
+    return TORCH_DTYPES[number]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def to_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes in C order: a view if it is contiguous and on the CPU, else of a copy."""
+    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def from_bytes(
+    data: Buffer, dtype: torch.dtype, shape: Sequence[int], field: str = "data"
+) -> torch.Tensor:
+    """A tensor over `data` without a copy. Treat it as read-only: it shares memory with a received message.
+
+    Raises:
+        InvalidInput: the length of `data` is not what dtype and shape say.
+    """
+    expected_bytes = math.prod(shape) * dtype.itemsize
+    if len(data) != expected_bytes:
+        what = f"{expected_bytes} bytes for {dtype_name(dtype)}{list(shape)}"
+        raise InvalidInput.of(field, expected=what, got=f"{len(data)} bytes")
+    if not expected_bytes:
+        return torch.empty(tuple(shape), dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(data, dtype=dtype).view(tuple(shape))
+
+
+def to_proto(tensor: torch.Tensor) -> pb.Tensor:
+    """The tensor as a `Tensor` message (protobuf copies the bytes; the packed paths use `wire`)."""
+    return pb.Tensor(
+        dtype=wire_dtype(tensor.dtype), shape=tensor.shape, data=bytes(to_bytes(tensor))
+    )
+
+
+def from_proto(message: pb.Tensor, field: str) -> torch.Tensor:
+    """The tensor of a `Tensor` message, sharing its bytes.
+
+    Raises:
+        InvalidInput: unknown dtype, or a length that does not fit the shape; names `field`.
+    """
+    dtype = torch_dtype(message.dtype, f"{field}.dtype")
+    return from_bytes(message.data, dtype, message.shape, f"{field}.data")
