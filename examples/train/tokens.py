@@ -1,4 +1,4 @@
-"""From documents to training batches: the tokenizer, the train/validation split and the sampling of sequences.
+"""From documents to batches: the tokenizer, the validation split and the sampling of sequences.
 
 Shapes: N tokens of one domain in a row, W windows, B sequences in a batch, S tokens in a sequence.
 """
@@ -15,7 +15,9 @@ END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 
 
-def train_tokenizer(documents: list[str], vocab_size: int, max_tokens: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    documents: list[str], vocab_size: int, max_tokens: int
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE: every byte is in the vocabulary, so no text is unknown to it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -68,14 +70,14 @@ def sample_batches(
 
 
 def windows(ids_N: Tensor, max_windows: int, sequence_tokens: int) -> Tensor:
-    """Non-overlapping sequences [W, S] spread evenly over the domain: the same ones in every run."""
+    """Return the same sequences in every run, disjoint and spread over the domain."""
     ids_WS = ids_N[: len(ids_N) // sequence_tokens * sequence_tokens].view(-1, sequence_tokens)
     stride = max(1, len(ids_WS) // max_windows)
     return ids_WS[::stride][:max_windows]
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """Bytes of text behind each token id [V]; the byte-level alphabet has one character per byte."""
+    """Bytes of text behind each id [V]; the byte-level alphabet has one character per byte."""
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return torch.tensor([0 if i in special else len(token) for i, token in enumerate(tokens)])

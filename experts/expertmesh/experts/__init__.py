@@ -1,1 +1,1 @@
-"""Expert replicas: checkpoint reader, grouped FFN, micro-batcher, ExpertService, heartbeat, Serve deployment."""
+"""Expert replicas: reader, grouped FFN, micro-batcher, ExpertService, Serve deployment."""

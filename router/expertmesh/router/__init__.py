@@ -1,1 +1,1 @@
-"""The router core: gate, selection, snapshot, plan, dispatch, combine; and RouterService around it."""
+"""The router core: gate, snapshot, plan, dispatch, combine; and RouterService around it."""

@@ -1,1 +1,1 @@
-"""What every process of the mesh shares: errors, wire format, configuration, state, servers. No business rules."""
+"""What every process shares: errors, wire format, configuration, state, servers. No rules."""

@@ -1,15 +1,15 @@
-"""Every error expertmesh raises on purpose, each with its gRPC status code and machine-readable details.
+"""Every error expertmesh raises on purpose, with its gRPC status code and typed details.
 
 ExpertMeshError
-├── InvalidInput                INVALID_ARGUMENT     a field of a request or of the configuration is wrong
+├── InvalidInput                INVALID_ARGUMENT     a field of a request or a setting is wrong
 │   ├── ConfigError             INVALID_ARGUMENT     the configuration, before anything has started
 │   ├── NonFiniteInput          INVALID_ARGUMENT     NaN or infinity where reject_nonfinite is on
-│   └── MalformedMessage        INVALID_ARGUMENT     bytes that are not the protobuf message they should be
+│   └── MalformedMessage        INVALID_ARGUMENT     bytes that do not parse
 ├── CheckpointError             FAILED_PRECONDITION  the checkpoint directory cannot be served
 │   ├── NotACheckpoint          FAILED_PRECONDITION  no config.json or no safetensors
 │   ├── MissingShard            FAILED_PRECONDITION  the index names a file that is not there
-│   ├── DamagedShard            FAILED_PRECONDITION  a file shorter than its header says, or with a broken header
-│   └── UnsupportedCheckpoint   FAILED_PRECONDITION  a model family or tensor layout we do not read
+│   ├── DamagedShard            FAILED_PRECONDITION  shorter than its header says, or no header
+│   └── UnsupportedCheckpoint   FAILED_PRECONDITION  a model family or layout we do not read
 ├── InsufficientMemory          FAILED_PRECONDITION  the experts do not fit the device
 ├── UnknownModel                NOT_FOUND            no such model here
 ├── UnknownExpert               NOT_FOUND            no such layer or expert in the model
@@ -22,8 +22,9 @@ ExpertMeshError
 │   └── ExpertUnavailable       UNAVAILABLE          no live replica holds the expert
 └── InternalError               INTERNAL             our bug; the text stays in the log
 
-On the wire an error is a google.rpc.Status with one ErrorInfo detail (reason = class name in UPPER_SNAKE, domain
-"expertmesh", metadata = the error's fields); `from_status` rebuilds the same class on the other side.
+On the wire an error is a google.rpc.Status with one ErrorInfo detail (reason = class name in
+UPPER_SNAKE, domain "expertmesh", metadata = the error's fields); `from_status` rebuilds the same
+class on the other side.
 """
 
 import re
@@ -198,7 +199,7 @@ _BY_CODE: dict[int, type[ExpertMeshError]] = {
 
 
 def from_status(status: status_pb2.Status) -> ExpertMeshError:
-    """The error a google.rpc.Status stands for; a foreign status becomes the nearest class by code."""
+    """The error a status stands for; a foreign status becomes the nearest class by its code."""
     for detail in status.details:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _BY_REASON:

@@ -17,12 +17,12 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
     pb.DTYPE_INT32: torch.int32,
     pb.DTYPE_INT64: torch.int64,
 }
-WIRE_DTYPES: dict[torch.dtype, pb.DType] = {
+WIRE_DTYPES: dict[torch.dtype, pb.DType.ValueType] = {
     dtype: pb.DType.ValueType(number) for number, dtype in TORCH_DTYPES.items()
 }
 
 
-def wire_dtype(dtype: torch.dtype, field: str = "dtype") -> pb.DType:
+def wire_dtype(dtype: torch.dtype, field: str = "dtype") -> pb.DType.ValueType:
     """The wire's name of a torch dtype, or InvalidInput naming `field`."""
     if dtype not in WIRE_DTYPES:
         names = ", ".join(dtype_name(known) for known in WIRE_DTYPES)
@@ -46,13 +46,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def to_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in C order: a view if it is contiguous and on the CPU, else of a copy."""
     flat = tensor.detach().to("cpu").contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def from_bytes(
     data: Buffer, dtype: torch.dtype, shape: Sequence[int], field: str = "data"
 ) -> torch.Tensor:
-    """A tensor over `data` without a copy. Treat it as read-only: it shares memory with a received message.
+    """A tensor over `data` without a copy; read-only, as it shares memory with a message.
 
     Raises:
         InvalidInput: the length of `data` is not what dtype and shape say.

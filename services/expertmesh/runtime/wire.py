@@ -1,8 +1,9 @@
 """Zero-copy framing of messages whose last field is one large `bytes` field with number 15.
 
-The bytes on the wire are ordinary protobuf (https://protobuf.dev/programming-guides/encoding/), so any stock client
-reads and writes them; but protobuf's Python runtime copies a `bytes` field several times, which costs more than gRPC
-itself above 1 MB. Here the sender joins header and payload once and the receiver gets a view.
+The bytes on the wire are ordinary protobuf (https://protobuf.dev/programming-guides/encoding/), so
+any stock client reads and writes them; but protobuf's Python runtime copies a `bytes` field several
+times, which costs more than gRPC itself above 1 MB. Here the sender joins header and payload once
+and the receiver gets a view.
 """
 
 from typing import TypeVar
@@ -50,11 +51,13 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
         if shift > 63:
-            raise MalformedMessage("a varint of more than 10 bytes; the peer speaks another protocol")
+            raise MalformedMessage(
+                "a varint of more than 10 bytes; the peer speaks another protocol"
+            )
 
 
 def _payload_span(data: memoryview) -> tuple[int, int, int] | None:
-    """(start of its tag, first byte, one past the last byte) of field 15, or None if it is absent."""
+    """(start of its tag, first byte, one past the last byte) of field 15; None if absent."""
     at, end = 0, len(data)
     while at < end:
         start = at

@@ -1,0 +1,63 @@
+# Everything a developer or CI runs. `make help` lists the targets.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: help setup demo demo-model parity test unit integration e2e check fmt protos bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV) || { \
+	  echo "error: no venv; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }; }
+	@echo "installing expertmesh and what it needs (a few minutes the first time)"
+	@# torch first and alone: a range would bring the newest build with gigabytes of CUDA
+	$(BIN)/python -m pip install --progress-bar off -q "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## create .venv with everything
+
+demo: $(STAMP)  ## serve the demo model here and compare it with transformers (KEEP=1 leaves it up)
+	$(BIN)/expertmesh demo $(if $(KEEP),--keep)
+
+demo-model: $(STAMP)  ## train the demo model again (about ten minutes)
+	$(BIN)/python examples/train/train_demo.py --out examples/demo-moe
+
+parity: $(STAMP)  ## compare a served checkpoint with transformers: make parity MODEL=dir
+	@test -n "$(MODEL)" || { echo "error: say which checkpoint directory: make parity MODEL=dir"; exit 1; }
+	$(BIN)/expertmesh parity $(MODEL)
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+unit: $(STAMP)  ## tests without sockets
+	$(BIN)/python -m pytest tests/unit
+
+integration: $(STAMP)  ## tests with real Redis, gRPC and Ray
+	$(BIN)/python -m pytest tests/integration
+
+e2e: $(STAMP)  ## tests of the whole mesh in processes
+	$(BIN)/python -m pytest tests/e2e
+
+check: $(STAMP)  ## formatting, lint, types, layers, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+fmt: $(STAMP)  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(STAMP)  ## regenerate the committed protobuf code
+	$(BIN)/python protos/generate.py
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,103 @@
+"""One YAML file plus EXPERTMESH_* variables become a frozen, validated model, or a ConfigError."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from expertmesh.runtime.errors import ConfigError
+
+ENV_PREFIX = "EXPERTMESH_"
+NESTING = "__"
+
+
+class Settings(BaseModel):
+    """Base of all configuration: immutable, and a misspelt field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", file=path) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}", file=path) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected fields, got {type(content).__name__}", file=path)
+    return content
+
+
+def _place(values: dict[str, Any], variable: str, value: Any) -> None:
+    *sections, last = variable.removeprefix(ENV_PREFIX).lower().split(NESTING)
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{variable}: {section!r} has no fields of its own", field=section)
+        values = inner
+    values[last] = value
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "configuration"
+
+
+def _explain(error: ValidationError, env: Mapping[str, str], file: Path | None) -> ConfigError:
+    lines = []
+    for problem in error.errors():
+        field = _dotted(problem["loc"])
+        variable = ENV_PREFIX + field.upper().replace(".", NESTING)
+        source = variable if variable in env else (file or "defaults and arguments")
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{field}: no such field (from {source})")
+        else:
+            got = f", got {problem['input']!r}" if problem["type"] != "missing" else ""
+            lines.append(f"{field}: {problem['msg']}{got} (from {source})")
+    return ConfigError("; ".join(lines), field=_dotted(error.errors()[0]["loc"]))
+
+
+def load(
+    model: type[S],
+    file: Path | None = None,
+    *,
+    env: Mapping[str, str],
+    overrides: Mapping[str, Any] | None = None,
+) -> S:
+    """Defaults, then `file`, then variables (`EXPERTMESH_ROUTER__PORT=1`), then `overrides`.
+
+    Args:
+        overrides: dotted names ("router.port") to values, from the command line; None is skipped.
+
+    Raises:
+        ConfigError: names each wrong field, what was expected, what came, and from where.
+    """
+    values = _read_yaml(file) if file else {}
+    for variable in sorted(env):
+        if variable.startswith(ENV_PREFIX):
+            _place(values, variable, yaml.safe_load(env[variable]))
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            _place(values, name.replace(".", NESTING), value)
+    return validate(model, values, env=env, file=file)
+
+
+def validate(
+    model: type[S],
+    values: Mapping[str, Any],
+    *,
+    env: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> S:
+    """`values` as a `model`, or a ConfigError naming the fields."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, env or {}, file) from error

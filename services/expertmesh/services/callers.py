@@ -1,0 +1,64 @@
+"""The model's thread calling the router core of its own process.
+
+T tokens, D hidden size, K experts per token.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import torch
+
+from expertmesh.router.core import DEFAULT_TIMEOUT_S, RouterCore
+from expertmesh.router.servicer import COMBINE_MODES
+
+
+class CoreCaller:
+    """An ExpertCaller over a router core that lives on an event loop of this process.
+
+    Args:
+        loop: the core's loop; `dispatch` must be called from another thread.
+        callers: traceparents of the requests that the running forward belongs to.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        callers: Callable[[], Sequence[str]] = lambda: (),
+    ) -> None:
+        self._loop = loop
+        self.callers = callers
+        self.core: RouterCore | None = None
+        """Set once the model's layers are known, before the first forward."""
+
+    def dispatch(
+        self,
+        layer: int,
+        hidden_TD: torch.Tensor,
+        experts_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        combine: int,
+    ) -> torch.Tensor:
+        """See `ExpertCaller.dispatch`."""
+        assert self.core is not None
+        call = self._dispatch(self.core, layer, hidden_TD, experts_TK, weights_TK, combine)
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+    async def _dispatch(
+        self,
+        core: RouterCore,
+        layer: int,
+        hidden_TD: torch.Tensor,
+        experts_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        combine: int,
+    ) -> torch.Tensor:
+        with torch.inference_mode():
+            return await core.dispatch(
+                layer,
+                hidden_TD,
+                experts_TK,
+                weights_TK,
+                COMBINE_MODES[combine],
+                DEFAULT_TIMEOUT_S,
+                self.callers(),
+            )

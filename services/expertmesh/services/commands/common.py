@@ -1,0 +1,59 @@
+"""What several commands share: settings from file, environment and flags; addresses."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from expertmesh.runtime.config import load
+from expertmesh.runtime.errors import ConfigError
+from expertmesh.services.settings import MeshSettings
+
+DEFAULT_ROUTER = "127.0.0.1:50051"
+DEFAULT_GATEWAY = "127.0.0.1:50052"
+Subparsers = Any  # argparse's _SubParsersAction is private
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """--config, --groups and --set."""
+    parser.add_argument("--config", type=Path, help="YAML file; fields as in docs/configuration.md")
+    parser.add_argument("--groups", type=int, help="expert groups (experts.groups)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one field, like --set experts.threads=2; may be repeated",
+    )
+
+
+def settings_from(args: argparse.Namespace, **overrides: Any) -> MeshSettings:
+    """The mesh's settings: defaults, file, EXPERTMESH_* variables, flags.
+
+    Raises:
+        ConfigError: names the wrong field and where it came from.
+    """
+    values = {**overrides, "experts.groups": args.groups}
+    for assignment in args.set:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: expected NAME=VALUE", field="--set")
+        values[name] = yaml.safe_load(text)
+    if args.config and not args.config.is_file():
+        raise ConfigError(f"--config {args.config}: no such file", field="--config")
+    return load(MeshSettings, args.config, env=os.environ, overrides=values)
+
+
+def progress_printer() -> Callable[[str], None]:
+    """Prints each step with the seconds since the start."""
+    started_s = time.monotonic()
+
+    def progress(text: str) -> None:
+        print(f"[{time.monotonic() - started_s:5.1f} s] {text}", file=sys.stderr, flush=True)
+
+    return progress

@@ -1,0 +1,38 @@
+"""`expertmesh generate PROMPT`: text from a running gateway, as it comes."""
+
+import argparse
+
+from expertmesh.services.commands.common import DEFAULT_GATEWAY, Subparsers
+
+
+def add(subparsers: Subparsers) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("generate", help="stream text from a running gateway")
+    parser.add_argument("prompt")
+    parser.add_argument("--target", default=DEFAULT_GATEWAY, help="gateway, host:port")
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="0: the model's default")
+    parser.add_argument("--temperature", type=float, help="sample at this temperature")
+    parser.add_argument("--top-p", type=float, help="sample from the most likely p")
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely")
+    parser.add_argument("--seed", type=int, help="seed of the draws (exact engine)")
+    parser.add_argument("--stop", action="append", default=[], help="end before this string")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print pieces of text as they arrive."""
+    from expertmesh.client import Client
+
+    with Client(args.target) as client:
+        for chunk in client.generate(
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            seed=args.seed,
+            stop=args.stop,
+        ):
+            print(chunk.text, end="", flush=True)
+    print()
+    return 0

@@ -1,0 +1,38 @@
+"""`expertmesh status`: the mesh as a router or gateway sees it, live."""
+
+import argparse
+import time
+
+from expertmesh.services.commands.common import DEFAULT_ROUTER, Subparsers
+
+REFRESH_S = 0.5
+
+
+def add(subparsers: Subparsers) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("status", help="live table of replicas, memory and load")
+    parser.add_argument("--target", default=DEFAULT_ROUTER, help="router or gateway, host:port")
+    parser.add_argument("--once", action="store_true", help="print once and exit")
+    parser.add_argument("--json", action="store_true", help="print once, machine-readable")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, again and again unless --once or --json."""
+    from google.protobuf.json_format import MessageToJson
+    from rich.console import Console
+    from rich.live import Live
+
+    from expertmesh.services.status import MeshView, table
+
+    with MeshView(args.target) as view:
+        if args.json:
+            print(MessageToJson(view.read(), preserving_proto_field_name=True))
+        elif args.once:
+            Console().print(table(view.read()))
+        else:
+            with Live(table(view.read()), refresh_per_second=1 / REFRESH_S) as live:
+                while True:
+                    time.sleep(REFRESH_S)
+                    live.update(table(view.read()))
+    return 0

@@ -1,0 +1,73 @@
+"""The Ray Serve application of the gateway. Imports no torch: Serve's build task needs none.
+
+`import_path: expertmesh.services.gateway.deployment:build`, with `args` as in `GatewayArgs`.
+"""
+
+import os
+
+from ray import serve
+
+from expertmesh.runtime.determinism import deterministic_environment
+from expertmesh.services.settings import Dtype, GatewaySettings
+
+
+class GatewayArgs(GatewaySettings):
+    """A gateway: its own settings and what it shares with the mesh."""
+
+    model_dir: str
+    """Hugging Face checkpoint directory; the dense part is read from it."""
+    model: str
+    """Name of the model in requests."""
+    redis_url: str
+    """Where the replicas' heartbeats are."""
+    mesh: str
+    """Name space in Redis."""
+    dtype: Dtype
+    """Compute dtype."""
+    deterministic: bool
+    """Whether MKL_CBWR must be set."""
+    max_message_bytes: int
+    """Largest gRPC message accepted or sent."""
+    otlp_endpoint: str | None
+    """OpenTelemetry collector, or none."""
+    log_level: str
+    """Level of the gateway's log."""
+
+
+class GatewayDeployment:
+    """What Serve runs: the gateway on Serve's user loop."""
+
+    async def __init__(self, args: GatewayArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        from expertmesh.services.gateway.gateway import Gateway  # torch is imported here
+
+        self._gateway: Gateway | None = None
+        self._gateway = await Gateway.start(args)
+
+    async def check_health(self) -> None:
+        """Raises when the engine has died; Serve then replaces the gateway."""
+        assert self._gateway
+        self._gateway.check_health()
+
+    async def __del__(self) -> None:
+        gateway, self._gateway = self._gateway, None
+        if gateway is not None:
+            await gateway.stop()
+
+
+def build(args: GatewayArgs) -> serve.Application:
+    """The gateway's application: one deployment of one replica, as it listens on a fixed port."""
+    environment = deterministic_environment(os.environ) if args.deterministic else {}
+    deployment = serve.deployment(
+        name="gateway",
+        num_replicas=1,
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": args.num_gpus,
+            **({"runtime_env": {"env_vars": environment}} if environment else {}),
+        },
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=30.0,
+    )
+    return deployment(GatewayDeployment).bind(args)

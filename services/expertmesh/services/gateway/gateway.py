@@ -1,0 +1,163 @@
+"""The gateway: the dense part of the model, an engine over it, and GenerateService.
+
+Composed here; Serve (deployment.py) and tests start it the same way.
+"""
+
+import asyncio
+import logging
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import AutoTokenizer
+
+from expertmesh.client.skeleton import load_skeleton, share_skeleton
+from expertmesh.router import control
+from expertmesh.router.core import RouterCore
+from expertmesh.router.served_model import ServedModel as RoutedModel
+from expertmesh.runtime.checkpoint import Checkpoint
+from expertmesh.runtime.errors import Unavailable
+from expertmesh.runtime.json_logs import setup_logging
+from expertmesh.runtime.server import MeshServer
+from expertmesh.runtime.state import MeshWatcher
+from expertmesh.runtime.telemetry import Telemetry, configure
+from expertmesh.services.callers import CoreCaller
+from expertmesh.services.checkpoints import load_config, model_dtype
+from expertmesh.services.gateway.deployment import GatewayArgs
+from expertmesh.services.gateway.engine import Engine, choose_engine
+from expertmesh.services.gateway.engine_config import EngineConfig
+from expertmesh.services.gateway.sampling import limits_of
+from expertmesh.services.gateway.servicer import SERVICE, GenerateServicer, ServedModel
+from expertmesh.services.router import serve_when_complete
+from expertmesh.v1 import control_pb2_grpc, generate_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 10.0
+
+
+class Gateway:
+    """A running gateway. Create with `await Gateway.start(args)`."""
+
+    def __init__(self, args: GatewayArgs) -> None:
+        self._args = args
+        self._resources = AsyncExitStack()
+        self.address = ""
+
+    @classmethod
+    async def start(cls, args: GatewayArgs) -> Self:
+        """Load the dense part and listen; report SERVING once every expert has a replica.
+
+        Raises:
+            CheckpointError, ConfigError: it cannot serve; nothing is left over.
+        """
+        setup_logging(args.log_level)
+        torch.set_num_threads(args.threads)
+        gateway = cls(args)
+        started_s = time.monotonic()
+        async with AsyncExitStack() as stack:
+            gateway.address = await gateway._open(stack)
+            gateway._resources = stack.pop_all()
+        took_s = time.monotonic() - started_s
+        logger.info("gateway listens on %s after %.1f s", gateway.address, took_s)
+        return gateway
+
+    async def _open(self, stack: AsyncExitStack) -> str:
+        args = self._args
+        telemetry = configure("gateway", args.otlp_endpoint)
+        stack.callback(telemetry.shutdown)
+        caller = CoreCaller(asyncio.get_running_loop())
+        model = await asyncio.to_thread(_load, args, caller)
+        scorer = share_skeleton(model)  # before the engine changes the model's attention
+        core = await self._open_core(stack, model, telemetry)
+        caller.core = core
+        engine = choose_engine(model, args.engine, _engine_config(args))
+        await engine.start()
+        stack.push_async_callback(engine.close, _STOP_GRACE_S)
+        self._engine = engine
+        served = _served(args, scorer, engine)
+        servicer = GenerateServicer(served, max_response_bytes=args.max_message_bytes)
+        stack.callback(servicer.close)
+        server = self._server(servicer, core)
+        port = await server.start(args.host, args.port, serving=False)
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        ready = asyncio.create_task(serve_when_complete(core, server))
+        stack.callback(ready.cancel)
+        return f"{args.host}:{port}"
+
+    async def _open_core(
+        self, stack: AsyncExitStack, model: Any, telemetry: Telemetry
+    ) -> RouterCore:
+        args = self._args
+        core = RouterCore(
+            args.model, experts_of(model), telemetry, max_message_bytes=args.max_message_bytes
+        )
+        stack.push_async_callback(core.close)
+        self._watcher = await stack.enter_async_context(
+            MeshWatcher(args.redis_url, args.mesh, core.on_state, core.on_gone)
+        )
+        return core
+
+    def _server(self, servicer: GenerateServicer, core: RouterCore) -> MeshServer:
+        watcher = self._watcher
+        view = control.ControlServicer(
+            self._args.mesh, core, lambda: (watcher.connected, watcher.redis_age_s)
+        )
+
+        def add(server: Any) -> None:
+            generate_pb2_grpc.add_GenerateServiceServicer_to_server(servicer, server)
+            control_pb2_grpc.add_ControlServiceServicer_to_server(view, server)
+
+        limit = self._args.max_message_bytes
+        return MeshServer([SERVICE, control.SERVICE], add, max_message_bytes=limit)
+
+    def check_health(self) -> None:
+        """Raises Unavailable when the engine cannot take requests any more."""
+        if not self._engine.is_alive():
+            raise Unavailable("the generation engine has ended; the gateway's log says why")
+
+    async def stop(self) -> None:
+        """Finish running calls, then close everything."""
+        await self._resources.aclose()
+
+
+def _load(args: GatewayArgs, caller: CoreCaller) -> Any:
+    config = load_config(Path(args.model_dir))
+    return load_skeleton(args.model_dir, caller, dtype=model_dtype(args.dtype, config))
+
+
+def experts_of(model: Any) -> dict[int, int]:
+    """Number of routed experts of each layer whose experts are remote."""
+    return {m.layer: m.num_experts for m in model.modules() if hasattr(m, "caller")}
+
+
+def _engine_config(args: GatewayArgs) -> EngineConfig:
+    return EngineConfig(
+        max_batch_tokens=args.max_batch_tokens,
+        kv_cache_tokens=args.kv_cache_tokens,
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+    )
+
+
+def _served(args: GatewayArgs, scorer: Any, engine: Engine) -> ServedModel:
+    checkpoint = Checkpoint.open(args.model_dir)
+    routed = RoutedModel(args.model, checkpoint, scorer.config, scorer.dtype)
+    return ServedModel(
+        info=routed.info(),
+        engine=engine,
+        scorer=scorer,
+        limits=limits_of(scorer, engine.max_positions),
+        tokenizer=_tokenizer(args.model_dir),
+    )
+
+
+def _tokenizer(model_dir: str) -> Any | None:
+    """The checkpoint's tokenizer; without one only token ids are served."""
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("no tokenizer in %s (%s): prompts must be token ids", model_dir, error)
+        return None

@@ -1,0 +1,149 @@
+"""A whole mesh on this machine: Redis, router process, Ray Serve with expert groups and gateway."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from expertmesh.runtime.child import dying_with_parent
+from expertmesh.runtime.determinism import deterministic_environment
+from expertmesh.runtime.errors import Unavailable
+from expertmesh.runtime.redis_server import EmbeddedRedis
+from expertmesh.services.preflight import check_before_start
+from expertmesh.services.ray_cluster import deploy, ray_cluster, wait_running
+from expertmesh.services.serve_config import GATEWAY_APP, gateway_args, group_args, serve_config
+from expertmesh.services.settings import MeshSettings
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 15.0
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where a running mesh is reached."""
+
+    model: str
+    router: str
+    gateway: str
+    redis_url: str
+    redis: str
+    """What serves Redis, for people."""
+
+
+def free_port(host: str) -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def with_ports(settings: MeshSettings) -> MeshSettings:
+    """The settings with port 0 replaced by free ones, as several processes must agree on them."""
+    router, gateway = settings.router, settings.gateway
+    if not router.port:
+        router = router.model_copy(update={"port": free_port(router.host)})
+    if not gateway.port:
+        gateway = gateway.model_copy(update={"port": free_port(gateway.host)})
+    return settings.model_copy(update={"router": router, "gateway": gateway})
+
+
+@asynccontextmanager
+async def local_mesh(
+    settings: MeshSettings, progress: Callable[[str], None]
+) -> AsyncIterator[Endpoints]:
+    """Start everything, yield the endpoints, and on leaving stop everything in reverse order.
+
+    Raises:
+        ExpertMeshError: what is wrong with settings, checkpoint or machine; nothing is left over.
+    """
+    settings = with_ports(settings)
+    plan = check_before_start(settings)
+    progress(plan.summary)
+    async with AsyncExitStack() as stack:
+        redis_url, described = await _redis(stack, settings)
+        progress(f"redis: {described}")
+        environment = deterministic_environment(os.environ) if settings.deterministic else {}
+        router = stack.enter_context(_router_process(settings, redis_url, environment))
+        ray = stack.enter_context(ExitStack())
+        await asyncio.to_thread(ray.enter_context, ray_cluster(environment))
+        progress("ray and ray serve are up")
+        groups = group_args(settings, plan.model, redis_url, plan.num_experts)
+        gateway = gateway_args(settings, plan.model, redis_url)
+        deploy(serve_config(settings, groups, gateway))
+        names = [*(args.group for args in groups), GATEWAY_APP]
+        await asyncio.to_thread(wait_running, names, START_TIMEOUT_S, progress)
+        addresses = [f"{p.host}:{p.port}" for p in (settings.router, settings.gateway)]
+        for address in addresses:
+            await wait_serving(address, START_TIMEOUT_S, router)
+        progress(f"router at {addresses[0]}, gateway at {addresses[1]}")
+        yield Endpoints(plan.model, addresses[0], addresses[1], redis_url, described)
+        progress("stopping")
+        await asyncio.to_thread(ray.close)
+
+
+async def _redis(stack: AsyncExitStack, settings: MeshSettings) -> tuple[str, str]:
+    if settings.redis.url:
+        return settings.redis.url, settings.redis.url
+    server = await stack.enter_async_context(EmbeddedRedis())
+    return server.url, server.describe()
+
+
+@contextlib.contextmanager
+def _router_process(
+    settings: MeshSettings, redis_url: str, environment: dict[str, str]
+) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-m", "expertmesh.services.cli", "router"]
+    with tempfile.TemporaryDirectory(prefix="expertmesh-") as folder:
+        config = Path(folder) / "mesh.yaml"
+        resolved = settings.model_dump(mode="json") | {"redis": {"url": redis_url}}
+        config.write_text(json.dumps(resolved), encoding="utf-8")  # JSON is YAML
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("EXPERTMESH_")}
+        process = subprocess.Popen(
+            dying_with_parent([*command, "--config", str(config)]), env={**clean, **environment}
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+async def wait_serving(
+    address: str, timeout_s: float, process: "subprocess.Popen[bytes] | None" = None
+) -> None:
+    """Until the server's health check says SERVING.
+
+    Raises:
+        Unavailable: it does not within `timeout_s`, or `process` has ended.
+    """
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while asyncio.get_running_loop().time() < deadline_s:
+            if process is not None and process.poll() is not None:
+                raise Unavailable(f"the router process ended with code {process.returncode}")
+            with contextlib.suppress(grpc.RpcError):
+                reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
+                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            await asyncio.sleep(_POLL_S)
+    raise Unavailable(f"{address} is not serving after {timeout_s:.0f} s", address=address)

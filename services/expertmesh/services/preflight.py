@@ -1,0 +1,56 @@
+"""What can be known to be wrong before anything starts: checkpoint, family, groups, memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertmesh.experts.assignment import experts_by_layer, split_evenly
+from expertmesh.experts.reader import ExpertReader
+from expertmesh.experts.sizing import check_fits, format_bytes, group_bytes
+from expertmesh.runtime.checkpoint import Checkpoint
+from expertmesh.runtime.device import probe_for
+from expertmesh.services.checkpoints import load_config, model_dtype, model_name
+from expertmesh.services.settings import MeshSettings
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """What `serve` is about to start."""
+
+    model: str
+    num_experts: int
+    """Experts per MoE layer, the most of any layer."""
+    group_bytes: tuple[int, ...]
+    """Weight bytes of one replica of each group."""
+    summary: str
+
+
+def check_before_start(settings: MeshSettings) -> StartPlan:
+    """Reads headers and config only.
+
+    Raises:
+        CheckpointError: not a checkpoint we can serve.
+        ConfigError: fewer groups than 1 or more than experts.
+        InsufficientMemory: the replicas do not fit this machine; says the numbers.
+    """
+    path = Path(settings.model)
+    checkpoint = Checkpoint.open(path)
+    config = load_config(path)
+    reader = ExpertReader(checkpoint)
+    layers = {layer: reader.num_experts(layer) for layer in reader.layers()}
+    num_experts = max(layers.values())
+    dtype = model_dtype(settings.dtype, config)
+    ranges = split_evenly(num_experts, settings.experts.groups)
+    expert_bytes = {layer: reader.expert_bytes(layer, dtype) for layer in layers}
+    sizes = tuple(group_bytes(expert_bytes, experts_by_layer(ids, layers)) for ids in ranges)
+    if settings.experts.device != "cuda" and not settings.experts.num_gpus:
+        device = probe_for("cpu").read()
+        needed_bytes = sum(sizes) * settings.experts.replicas
+        check_fits("all groups together", needed_bytes, device.free_bytes, device.name)
+    name = model_name(settings)
+    text = config.get_text_config()
+    summary = (
+        f"{name}: {text.model_type}, {len(layers)} MoE layers of {num_experts} experts, "
+        f"{settings.experts.groups} groups x {settings.experts.replicas} replicas, "
+        f"{format_bytes(max(sizes))} of experts per replica"
+    )
+    return StartPlan(name, num_experts, sizes, summary)

@@ -1,0 +1,110 @@
+"""Ray and Ray Serve on this machine, and the mesh's applications on it.
+
+Applications are deployed through Serve's declarative config path, the one `serve deploy` and a
+RayService use: `serve.run` would restart every replica on any change.
+"""
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from expertmesh.runtime.errors import ExpertMeshError, Unavailable
+
+Progress = Callable[[str], None]
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # it kills replicas when other processes fill the host
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_LOGICAL_CPUS = 64  # replicas reserve none by default; Ray's own actors need some
+_OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it
+_POLL_S = 0.1
+
+
+class DeployFailed(ExpertMeshError):
+    """Serve gave up on an application; the message is the replica's own."""
+
+
+@contextmanager
+def ray_cluster(environment: Mapping[str, str], host: str = "127.0.0.1") -> Iterator[None]:
+    """A Ray cluster of one node with Serve running, for the length of the block.
+
+    Args:
+        environment: variables every process of the cluster starts with.
+    """
+    os.environ.update({**_QUIET, **environment, **os.environ})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+        from ray import serve
+
+        ray.init(
+            address="local",
+            num_cpus=_LOGICAL_CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _node_ip_address=host,
+        )
+        try:
+            serve.start(proxy_location="Disabled")
+            yield
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+
+
+def deploy(config: Mapping[str, Any]) -> None:
+    """Ask Serve to run exactly the applications of `config`; returns at once."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        client = _get_global_client()
+        assert client, "Serve is not running"
+        client.deploy_apps(ServeDeploySchema.model_validate(dict(config)))
+
+
+def wait_running(names: list[str], timeout_s: float, progress: Progress) -> None:
+    """Until every named application is RUNNING.
+
+    Raises:
+        DeployFailed: one of them cannot start; says why.
+        Unavailable: not all are running after `timeout_s`.
+    """
+    from ray import serve
+
+    running: set[str] = set()
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        applications = serve.status().applications
+        for name in names:
+            status = applications.get(name)
+            if status is None or name in running:
+                continue
+            if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise DeployFailed(f"{name}: {_cause(status)}", application=name)
+            if status.status == "RUNNING":
+                running.add(name)
+                progress(f"{name} is running ({len(running)} of {len(names)})")
+        if len(running) == len(names):
+            return
+        time.sleep(_POLL_S)
+    missing = ", ".join(sorted(set(names) - running))
+    raise Unavailable(f"not running after {timeout_s:.0f} s: {missing}; see Ray's logs")
+
+
+def _cause(status: Any) -> str:
+    """The last line of the replica's traceback that names one of our errors, else the message."""
+    texts = [status.message, *(d.message for d in status.deployments.values())]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    ours = [line for line in lines if line.startswith("expertmesh.")]
+    return ours[-1] if ours else next((line for line in lines if line), "no reason given")

@@ -1,0 +1,108 @@
+"""The configuration of a mesh: one YAML file, one schema, shared by every command."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from expertmesh.experts.limits import BatchLimits
+from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
+from expertmesh.runtime.config import Settings
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Port = Field(ge=0, le=65535)
+
+
+class RedisSettings(Settings):
+    """Live state."""
+
+    url: str | None = None
+    """"redis://host:port/db" of a server of yours; none starts an embedded one."""
+
+
+class ExpertsSettings(Settings):
+    """The expert groups and their replicas."""
+
+    groups: int = 4
+    """Expert groups to split each layer's experts into: 1 to the number of experts."""
+    replicas: PositiveInt = 1
+    """Replicas of each group."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" computes on a GPU if Ray gave the replica one, else on the CPU."""
+    num_gpus: NonNegativeFloat = 0.0
+    """GPUs Ray reserves for a replica; fractions share a GPU."""
+    num_cpus: NonNegativeFloat = 0.0
+    """CPUs Ray reserves for a replica."""
+    threads: PositiveInt = 1
+    """Threads of a replica's CPU matrix multiplications."""
+    host: str = "127.0.0.1"
+    """Address replicas listen on and announce; "" is each node's own."""
+    limits: BatchLimits = BatchLimits()
+    """Queue and batch bounds."""
+    heartbeat_s: float = Field(default=0.2, gt=0, le=60)
+    """Time between a replica's heartbeats."""
+    lease_s: float = Field(default=1.0, gt=0, le=600)
+    """Time after which a replica not heard from does not exist."""
+    reject_nonfinite: bool = False
+    """Answer rows with NaN or infinity with an error instead of computing them."""
+
+
+class RouterSettings(Settings):
+    """RouterService."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Port
+    """Port to listen on; 0 takes a free one."""
+    call_timeout_s: PositiveFloat = 30.0
+    """Time a call may take if its caller gives no deadline."""
+
+
+class GatewaySettings(Settings):
+    """The dense part of the model and GenerateService."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Port
+    """Port to listen on; 0 takes a free one."""
+    engine: Literal["auto", "continuous", "exact"] = "auto"
+    """"continuous" batches prompts; "exact" runs one at a time, as transformers' generate does;
+    "auto" is continuous where the model supports it."""
+    threads: PositiveInt = 1
+    """Threads of the gateway's CPU matrix multiplications."""
+    kv_cache_tokens: PositiveInt = 16384
+    """Tokens the key-value cache of continuous batching holds."""
+    max_batch_tokens: PositiveInt = 1024
+    """Tokens in one forward of continuous batching at most."""
+    max_running: PositiveInt = 32
+    """Requests in one batch of continuous batching at most."""
+    max_waiting: NonNegativeInt = 256
+    """Requests waiting for their turn at most; beyond it callers get QueueFull."""
+    num_gpus: NonNegativeFloat = 0.0
+    """GPUs Ray reserves for the gateway."""
+    num_cpus: NonNegativeFloat = 0.0
+    """CPUs Ray reserves for the gateway."""
+
+
+class MeshSettings(Settings):
+    """Everything. Each field can be set as EXPERTMESH_FIELD or EXPERTMESH_SECTION__FIELD too."""
+
+    model: str = Field(min_length=1)
+    """Hugging Face checkpoint directory."""
+    model_name: str = ""
+    """Name of the model in requests; "" is the directory's name."""
+    mesh: str = Field(default="default", pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name space in Redis: meshes of different names share a server without seeing each other."""
+    dtype: Dtype = "auto"
+    """Compute dtype of gateway and experts; "auto" is the checkpoint's."""
+    deterministic: bool = False
+    """Make fp32 results independent of batching and threads (MKL_CBWR); slower for few rows."""
+    max_message_bytes: PositiveInt = DEFAULT_MAX_MESSAGE_BYTES
+    """Largest gRPC message anywhere in the mesh."""
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector, "host:port"; none switches telemetry off."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Level of all logs."""
+    redis: RedisSettings = RedisSettings()
+    experts: ExpertsSettings = ExpertsSettings()
+    router: RouterSettings = RouterSettings(port=50051)
+    gateway: GatewaySettings = GatewaySettings(port=50052)

@@ -1,0 +1,210 @@
+"""ExpertFFN against transformers' own expert modules, bit for bit; the numbers are in the asserts.
+
+Shapes: T tokens, R rows (one per token unless said otherwise), D hidden size, K experts per token.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+
+from expertmesh.experts.expert_spec import ACTIVATIONS, SUPPORTED_MODEL_TYPES, ExpertSpec
+from expertmesh.experts.ffn import (
+    _ACTIVATIONS,
+    ExpertFFN,
+    grouped_product,
+    looped_product,
+)
+from expertmesh.experts.reader import ExpertReader
+from expertmesh.runtime.checkpoint import Checkpoint
+from expertmesh.runtime.errors import UnknownExpert, UnsupportedCheckpoint
+from tests.checkpoints import FAMILIES, fp8_checkpoint, mxfp4_checkpoint, tiny_checkpoint
+from tests.reference_experts import expert_modules, load_model, num_experts, other_checkpoint
+
+OTHERS = sorted(set(SUPPORTED_MODEL_TYPES) - set(FAMILIES) - {"llama4_text"})
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family_path(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    return tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def load_ffn(path: Path, layer: int, dtype: torch.dtype) -> ExpertFFN:
+    reader = ExpertReader(Checkpoint.open(path))
+    held = range(reader.num_experts(layer))
+    return ExpertFFN.load(reader, layer, held, reader.spec, dtype)
+
+
+def run(
+    ffn: ExpertFFN, hidden_TD: torch.Tensor, experts_T: torch.Tensor, *, in_sort_order: bool = True
+) -> torch.Tensor:
+    """The output of one expert for each token, by way of rows sorted by expert: [T, D].
+
+    The order within an expert is transformers' (torch.sort, not stable): with several threads the
+    bits of a float32 product depend on where a row lies.
+    """
+    order = torch.sort(experts_T).indices if in_sort_order else torch.argsort(experts_T, stable=True)
+    experts, counts = torch.unique_consecutive(experts_T[order], return_counts=True)
+    out_TD = torch.empty_like(hidden_TD)
+    out_TD[order] = ffn.forward(hidden_TD[order], experts.tolist(), counts.tolist())
+    return out_TD
+
+
+def reference(module: Any, hidden_TD: torch.Tensor, experts_T: torch.Tensor) -> torch.Tensor:
+    """The same by transformers' module: one slot per token with a weight of one: [T, D]."""
+    ones = torch.ones_like(hidden_TD[:, :1])
+    return module(hidden_TD, experts_T[:, None], ones).view_as(hidden_TD)
+
+
+def reference_dense(module: Any, hidden_TD: torch.Tensor) -> torch.Tensor:
+    """Llama 4's module takes every token through every expert: [E, T, D]."""
+    everything = module(hidden_TD.repeat(module.num_experts, 1))
+    return everything.view(module.num_experts, *hidden_TD.shape)
+
+
+def assert_bit_equal(path: Path, dtype: torch.dtype) -> None:
+    for layer, module in expert_modules(load_model(path, dtype)).items():
+        ffn = load_ffn(path, layer, dtype)
+        in_sort_order = hasattr(module, "has_gate")  # the eager module of DBRX keeps token order
+        for num_tokens in (1, 5, 37):
+            hidden_TD = torch.randn(num_tokens, ffn.shape.hidden_size).to(dtype)
+            experts_T = torch.randint(num_experts(module), (num_tokens,))
+            with torch.inference_mode():
+                expected = reference(module, hidden_TD, experts_T)
+            got = run(ffn, hidden_TD, experts_T, in_sort_order=in_sort_order)
+            assert torch.equal(got, expected), (layer, num_tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bit_equal_to_transformers(family_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    if Checkpoint.open(family_path).model_type == "llama4_text":
+        return  # its module is of another kind: test_llama4_is_bit_equal_with_padding
+    assert_bit_equal(family_path, dtype)
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_bit_equal_to_transformers_beyond_the_promised_families(
+    model_type: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    assert_bit_equal(other_checkpoint(model_type, tmp_path), torch.float32)
+
+
+def test_bit_equal_on_quantised_checkpoints(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    assert_bit_equal(fp8_checkpoint(tmp_path / "fp8"), torch.bfloat16)
+    assert_bit_equal(mxfp4_checkpoint(tmp_path / "mxfp4"), torch.bfloat16)
+    assert_bit_equal(mxfp4_checkpoint(tmp_path / "mxfp4"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 9, 16, 40])
+def test_llama4_is_bit_equal_with_padding(
+    num_tokens: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Llama 4 multiplies all T tokens by every expert, and float32 bits depend on the number of
+    rows while it is small. An expert's rows padded with zeros to T below 4 tokens, else to 16,
+    give the module's bits."""
+    torch.manual_seed(1)
+    path = tiny_checkpoint("llama4", tmp_path)
+    module = expert_modules(load_model(path, dtype))[0]
+    ffn = load_ffn(path, 0, dtype)
+    hidden_TD = torch.randn(num_tokens, ffn.shape.hidden_size).to(dtype)
+    with torch.inference_mode():
+        expected_ETD = reference_dense(module, hidden_TD)
+    for expert, chosen in enumerate(torch.rand(8, num_tokens) < torch.arange(8)[:, None] / 7):
+        rows_RD = hidden_TD[chosen]
+        padding = max(0, (num_tokens if num_tokens < 4 else 16) - len(rows_RD))
+        padded = torch.cat([rows_RD, rows_RD.new_zeros(padding, rows_RD.shape[1])])
+        got = ffn.forward(padded, [expert], [len(padded)])[: len(rows_RD)]
+        assert torch.equal(got, expected_ETD[expert][chosen])
+        near = ffn.forward(rows_RD, [expert], [len(rows_RD)])
+        torch.testing.assert_close(near, expected_ETD[expert][chosen], rtol=1e-5, atol=1e-5)
+
+
+def test_slot_sum_is_the_whole_layer(tmp_path: Path) -> None:
+    """Unweighted rows, weighted and summed in slot order, are what the module returns."""
+    torch.manual_seed(1)
+    path = tiny_checkpoint("qwen3_moe", tmp_path)
+    for dtype in DTYPES:
+        module, ffn = expert_modules(load_model(path, dtype))[1], load_ffn(path, 1, dtype)
+        hidden_TD, weights_TK = torch.randn(21, 64).to(dtype), torch.rand(21, 3).to(dtype)
+        experts_TK = torch.rand(21, 8).argsort(1)[:, :3]
+        with torch.inference_mode():
+            expected = module(hidden_TD, experts_TK, weights_TK)
+        rows_RD = run(ffn, hidden_TD.repeat_interleave(3, 0), experts_TK.reshape(-1))
+        weighted = rows_RD.view(21, 3, 64) * weights_TK[:, :, None]
+        assert torch.equal(weighted.sum(1).to(dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_and_loop_agree(family_path: Path, dtype: torch.dtype) -> None:
+    """What runs on a GPU is the same function here: grouped_mm also has a CPU form."""
+    layer = ExpertReader(Checkpoint.open(family_path)).layers()[-1]
+    ffn = load_ffn(family_path, layer, dtype)
+    rows_RD = torch.randn(9, ffn.shape.hidden_size).to(dtype)
+    looped = ffn.forward(rows_RD, [1, 4, 6], [2, 6, 1])
+    ffn.grouped = True
+    assert torch.equal(ffn.forward(rows_RD, [1, 4, 6], [2, 6, 1]), looped)
+
+
+def test_products_skip_slots_without_rows() -> None:
+    weights_SIO, rows_RI = torch.randn(6, 8, 16), torch.randn(5, 8)
+    expected = torch.cat([rows_RI[:2] @ weights_SIO[1], rows_RI[2:] @ weights_SIO[4]])
+    for product in (looped_product, grouped_product):
+        assert torch.equal(product(rows_RI, weights_SIO, [1, 4], [2, 3]), expected)
+
+
+def test_holds_some_experts_and_only_those(tmp_path: Path) -> None:
+    reader = ExpertReader(Checkpoint.open(tiny_checkpoint("gpt_oss", tmp_path)))
+    some = ExpertFFN.load(reader, 0, [6, 2], reader.spec, torch.float32)
+    everything = load_ffn(tmp_path, 0, torch.float32)
+    rows_RD = torch.randn(4, 64)
+    assert some.experts == (2, 6)
+    assert some.num_bytes * 4 == everything.num_bytes
+    expected = everything.forward(rows_RD, [2, 6], [3, 1])
+    assert torch.equal(some.forward(rows_RD, [2, 6], [3, 1]), expected)
+    with pytest.raises(UnknownExpert, match="expert 3 is not held here; held: 2, 6"):
+        some.forward(rows_RD, [2, 3], [3, 1])
+
+
+def test_no_rows_is_no_error(tmp_path: Path) -> None:
+    tiny_checkpoint("gpt_oss", tmp_path)
+    assert load_ffn(tmp_path, 0, torch.float32).forward(torch.empty(0, 64), [], []).shape == (0, 64)
+
+
+def test_weights_are_copies_that_outlive_the_file(tmp_path: Path) -> None:
+    ffn = load_ffn(tiny_checkpoint("mixtral", tmp_path), 0, torch.float32)
+    before = ffn.forward(torch.ones(1, 64), [0], [1])
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert torch.equal(ffn.forward(torch.ones(1, 64), [0], [1]), before)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_transformers(name: str) -> None:
+    rows = torch.randn(50)
+    assert torch.equal(_ACTIVATIONS[ACTIVATIONS[name]](rows), ACT2FN[name](rows))
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
+    """A config.json may leave out what has its default value."""
+    full = AutoConfig.for_model(model_type).to_dict() | {"model_type": model_type}
+    if model_type == "dbrx":
+        full["ffn_config"] = dict(full["ffn_config"])
+    assert ExpertSpec.from_config({"model_type": model_type}) == ExpertSpec.from_config(full)
+
+
+def test_unsupported_models_are_named() -> None:
+    with pytest.raises(UnsupportedCheckpoint, match="'switch_transformers' is not supported"):
+        ExpertSpec.from_config({"model_type": "switch_transformers"})
+    with pytest.raises(UnsupportedCheckpoint, match="activation 'xielu' is not supported"):
+        ExpertSpec.from_config({"model_type": "mixtral", "hidden_act": "xielu"})
