@@ -1,5 +1,8 @@
-"""transformers' own expert modules: their weights by expert, and tiny models of the families beyond
-`tests.checkpoints.FAMILIES`."""
+"""transformers' own expert modules beside ours: weights by expert, outputs bit for bit, and tiny
+models of the families beyond `tests.checkpoints.FAMILIES`.
+
+Shapes: T tokens, D hidden size, E experts.
+"""
 
 import re
 from pathlib import Path
@@ -8,6 +11,10 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from expertmesh.experts.ffn import ExpertFFN
+from expertmesh.experts.reader import ExpertReader
+from expertmesh.runtime.checkpoint import Checkpoint
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -51,7 +58,11 @@ _SIZES: dict[str, Any] = {
 }
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"hybrid_override_pattern": "*E", "moe_shared_expert_intermediate_size": 48},
-    "qwen3_next": {"decoder_sparse_step": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
+    "qwen3_next": {
+        "decoder_sparse_step": 1,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+    },
 }
 
 
@@ -115,3 +126,51 @@ def _stacked_weights(module: Any, expert: int) -> dict[str, torch.Tensor]:
 def num_experts(module: Any) -> int:
     """Routed experts in a module."""
     return int(module.num_experts)
+
+
+def load_ffn(path: Path, layer: int, dtype: torch.dtype) -> ExpertFFN:
+    reader = ExpertReader(Checkpoint.open(path))
+    held = range(reader.num_experts(layer))
+    return ExpertFFN.load(reader, layer, held, reader.spec, dtype)
+
+
+def run(
+    ffn: ExpertFFN, hidden_TD: torch.Tensor, experts_T: torch.Tensor, *, in_sort_order: bool = True
+) -> torch.Tensor:
+    """The output of one expert for each token, by way of rows sorted by expert: [T, D].
+
+    The order within an expert is transformers' (torch.sort, not stable): with several threads the
+    bits of a float32 product depend on where a row lies.
+    """
+    order = (
+        torch.sort(experts_T).indices if in_sort_order else torch.argsort(experts_T, stable=True)
+    )
+    experts, counts = torch.unique_consecutive(experts_T[order], return_counts=True)
+    out_TD = torch.empty_like(hidden_TD)
+    out_TD[order] = ffn.forward(hidden_TD[order], experts.tolist(), counts.tolist())
+    return out_TD
+
+
+def reference(module: Any, hidden_TD: torch.Tensor, experts_T: torch.Tensor) -> torch.Tensor:
+    """The same by transformers' module: one slot per token with a weight of one: [T, D]."""
+    ones = torch.ones_like(hidden_TD[:, :1])
+    return module(hidden_TD, experts_T[:, None], ones).view_as(hidden_TD)
+
+
+def reference_dense(module: Any, hidden_TD: torch.Tensor) -> torch.Tensor:
+    """Llama 4's module takes every token through every expert: [E, T, D]."""
+    everything = module(hidden_TD.repeat(module.num_experts, 1))
+    return everything.view(module.num_experts, *hidden_TD.shape)
+
+
+def assert_bit_equal(path: Path, dtype: torch.dtype) -> None:
+    for layer, module in expert_modules(load_model(path, dtype)).items():
+        ffn = load_ffn(path, layer, dtype)
+        in_sort_order = hasattr(module, "has_gate")  # the eager module of DBRX keeps token order
+        for num_tokens in (1, 5, 37):
+            hidden_TD = torch.randn(num_tokens, ffn.shape.hidden_size).to(dtype)
+            experts_T = torch.randint(num_experts(module), (num_tokens,))
+            with torch.inference_mode():
+                expected = reference(module, hidden_TD, experts_T)
+            got = run(ffn, hidden_TD, experts_T, in_sort_order=in_sort_order)
+            assert torch.equal(got, expected), (layer, num_tokens)

@@ -24,12 +24,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# Chosen by eye: where greedy decoding, which likes to loop, looks most like the domain.
+# Chosen by eye: where greedy decoding, which likes to loop, looks most like the domain. None ends
+# in a blank, which the tokenizer would have joined to the next word.
 PROMPTS = {
-    "english": "Return the ",
-    "scripture": "And the LORD said unto ",
-    "python": "def __init__(self, ",
-    "cpp": "template <typename ",
+    "english": "Base class for",
+    "scripture": "And it came to pass,",
+    "python": "import os\nimport sys\n\nclass",
+    "cpp": "namespace c10 {",
 }
 
 
@@ -98,7 +99,9 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--steps", type=int, default=Recipe.num_steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--threads", type=int, default=1, help="2 is faster on an idle machine only")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="2 is faster on an idle machine only"
+    )
     return parser.parse_args()
 
 

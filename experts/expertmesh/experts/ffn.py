@@ -144,6 +144,7 @@ class ExpertFFN:
         slots = self._slots_of(experts)
         assert slots == sorted(set(slots)), "experts must be ascending and distinct"
         assert sum(rows_per_expert) == len(rows_RD), "rows_per_expert must add up to the rows"
+        rows_RD = _aligned(rows_RD)
         hidden_RU = self._linear(rows_RD, self._up_SUD, self._up_bias_SU, slots, rows_per_expert)
         return self._linear(
             self._gate(hidden_RU), self._down_SDF, self._down_bias_SD, slots, rows_per_expert
@@ -233,6 +234,12 @@ def looped_product(
         torch.mm(rows_RI[start:stop], weights_SIO[slot], out=out_RO[start:stop])
         start = stop
     return out_RO
+
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Rows fresh off the wire lie at any address, and float32 bits depend on the alignment."""
+    on_cpu = rows.device.type == "cpu"
+    return rows.clone() if on_cpu and rows.data_ptr() % _CACHE_LINE_BYTES else rows
 
 
 def _has_grouped_mm(device: torch.device, shape: ExpertShape, dtype: torch.dtype) -> bool:

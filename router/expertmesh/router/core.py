@@ -14,7 +14,7 @@ import torch
 from opentelemetry.trace import SpanKind
 
 from expertmesh.router.combine import CombineMode, combine
-from expertmesh.router.plan import Shipment, plan, slots_by_expert
+from expertmesh.router.plan import Shipment, plan, slot_order, slots_by_expert
 from expertmesh.router.policy import pick_replica
 from expertmesh.router.snapshot import Key, Replica, Snapshot
 from expertmesh.router.streams import Answer, ReplicaStream
@@ -156,18 +156,23 @@ class RouterCore:
             span.set_attribute("expertmesh.layer", layer)
             try:
                 check_routing(layer, hidden_TD, experts_TK, weights_TK, self.num_experts)
-                outputs_TKD = await self._outputs(layer, hidden_TD, experts_TK, timeout_s)
+                outputs_TKD = await self._outputs(layer, hidden_TD, experts_TK, mode, timeout_s)
             except ExpertMeshError as error:
                 self._metrics.errors.add(1, STAGE, error.code.name)
                 raise
             return combine(outputs_TKD, weights_TK, experts_TK, mode, hidden_TD.dtype)
 
     async def _outputs(
-        self, layer: int, hidden_TD: torch.Tensor, experts_TK: torch.Tensor, timeout_s: float
+        self,
+        layer: int,
+        hidden_TD: torch.Tensor,
+        experts_TK: torch.Tensor,
+        mode: CombineMode,
+        timeout_s: float,
     ) -> torch.Tensor:
         """[T, K, D] unweighted expert outputs."""
         experts_S: list[int] = experts_TK.reshape(-1).tolist()
-        slots = slots_by_expert(experts_S)
+        slots = slots_by_expert(experts_S, slot_order(*experts_TK.shape, mode))
         self.usage.count(layer, slots)
         self._metrics.tokens.add(hidden_TD.shape[0], STAGE)
         outputs_SD = hidden_TD.new_empty((len(experts_S), hidden_TD.shape[1]))
@@ -201,7 +206,7 @@ class RouterCore:
                 if error is not None:
                     failed[shipment.replica] = error
                     again += shipment.slots_R
-            slots = slots_by_expert(experts_S, sorted(again))
+            slots = slots_by_expert(experts_S, again)
 
     def _plan(
         self, layer: int, slots: Mapping[int, Sequence[int]], failed: Mapping[str, ExpertMeshError]

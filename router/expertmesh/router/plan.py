@@ -3,9 +3,10 @@
 T tokens, K experts per token, R rows. A slot is one (token, k) pair: slot = token * K + k.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from expertmesh.router.combine import CombineMode
 from expertmesh.router.snapshot import Key
 from expertmesh.runtime.errors import ExpertUnavailable
 
@@ -24,17 +25,26 @@ class Shipment:
     """Slots in the order of the shipment's rows."""
 
 
-def slots_by_expert(
-    experts_S: Sequence[int], slots: Sequence[int] | None = None
-) -> dict[int, list[int]]:
-    """Slots of each expert, experts ascending, slots in order.
+def slot_order(num_tokens: int, top_k: int, mode: CombineMode) -> Sequence[int]:
+    """All slots in the order in which transformers stacks an expert's rows.
+
+    Token by token in its grouped implementations, k by k in its eager loops. The order matters for
+    the bits: matrix products treat the last few rows of a matrix differently.
+    """
+    if mode == "slot_sum":
+        return range(num_tokens * top_k)
+    return [token * top_k + k for k in range(top_k) for token in range(num_tokens)]
+
+
+def slots_by_expert(experts_S: Sequence[int], slots: Iterable[int]) -> dict[int, list[int]]:
+    """Slots of each expert, experts ascending, slots in the order given.
 
     Args:
         experts_S: expert id of every slot (T * K).
-        slots: only these slots; all by default.
+        slots: those to file.
     """
     found: dict[int, list[int]] = {}
-    for slot in range(len(experts_S)) if slots is None else slots:
+    for slot in slots:
         found.setdefault(experts_S[slot], []).append(slot)
     return dict(sorted(found.items()))
 

@@ -16,7 +16,7 @@ from expertmesh.router.served_model import ServedModel
 from expertmesh.router.validate import check_finite, check_hidden
 from expertmesh.runtime.errors import InvalidInput, UnknownModel
 from expertmesh.runtime.telemetry import Telemetry, traceparent_of
-from expertmesh.runtime.tensors import dtype_name, from_proto, to_proto
+from expertmesh.runtime.tensors import aligned, dtype_name, from_proto, to_proto
 from expertmesh.v1 import router_pb2, router_pb2_grpc
 
 SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
@@ -130,7 +130,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             )
 
     def _hidden(self, layer: int, message: Any) -> torch.Tensor:
-        hidden_TD = from_proto(message, "hidden")
+        hidden_TD = aligned(from_proto(message, "hidden"))
         check_hidden(layer, hidden_TD, self._model.num_experts)
         if hidden_TD.dtype != self._model.dtype:
             expected = f"{dtype_name(self._model.dtype)}, the model's"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -64,6 +65,15 @@ corpus = _load("corpus")
 evaluate = _load("evaluate")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: on a busy machine, threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return AutoTokenizer.from_pretrained(DEMO_MOE)
@@ -110,6 +120,17 @@ class TestCheckpoint:
         assert "examples/train/train_demo.py --out examples/demo-moe" in card
 
 
+@pytest.fixture(scope="module")
+def counts_MLE(model: MixtralForCausalLM, tokenizer: Tokenizer) -> Tensor:
+    """Tokens of each sample that each expert gets; M domains, L layers, E experts."""
+    with torch.inference_mode():
+        outputs = [
+            model(**tokenizer(text, return_tensors="pt"), output_router_logits=True)
+            for text in SAMPLES.values()
+        ]
+    return torch.stack([evaluate.count_tokens(out.router_logits, top_k=2) for out in outputs])
+
+
 class TestExperts:
     def test_none_was_dead_on_the_validation_set(self) -> None:
         report = json.loads((DEMO_MOE / "training_report.json").read_text())
@@ -117,26 +138,17 @@ class TestExperts:
             load_E = torch.tensor(layer["expert_load_frac"])
             assert load_E.min() >= DEAD_BELOW_FAIR_SHARE_FRAC / len(load_E)
 
-    def test_all_get_tokens_here_and_now(
-        self, model: MixtralForCausalLM, tokenizer: Tokenizer
-    ) -> None:
-        counts_MLE = torch.stack([_count(model, tokenizer, text) for text in SAMPLES.values()])
-        assert counts_MLE.sum(dim=0).min() > 0
+    def test_all_get_tokens_here_and_now(self, counts_MLE: Tensor) -> None:
+        counts_LE = counts_MLE.sum(dim=0)
+        load_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True)
+        assert evaluate.min_fair_share_frac(load_LE) >= DEAD_BELOW_FAIR_SHARE_FRAC
 
-    def test_domains_prefer_different_experts(
-        self, model: MixtralForCausalLM, tokenizer: Tokenizer
-    ) -> None:
-        counts_MLE = torch.stack([_count(model, tokenizer, text) for text in SAMPLES.values()])
+    def test_domains_prefer_different_experts(self, counts_MLE: Tensor) -> None:
         load_MLE = counts_MLE / counts_MLE.sum(dim=-1, keepdim=True)
-        for load_ME in load_MLE.unbind(dim=1):
-            assert evaluate.mutual_information_bits(load_ME) > 0.05
-
-
-@torch.inference_mode()
-def _count(model: MixtralForCausalLM, tokenizer: Tokenizer, text: str) -> Tensor:
-    output = model(**tokenizer(text, return_tensors="pt"), output_router_logits=True)
-    counts_LE: Tensor = evaluate.count_tokens(output.router_logits, top_k=2)
-    return counts_LE
+        information_bits = [
+            evaluate.mutual_information_bits(load_ME) for load_ME in load_MLE.unbind(dim=1)
+        ]
+        assert max(information_bits) > 0.2
 
 
 class TestRoutingMetrics:

@@ -5,10 +5,19 @@ Shapes: T tokens, R rows (one per token unless said otherwise), D hidden size, K
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tests.checkpoints import FAMILIES, fp8_checkpoint, mxfp4_checkpoint, tiny_checkpoint
+from tests.reference_experts import (
+    assert_bit_equal,
+    expert_modules,
+    load_ffn,
+    load_model,
+    reference_dense,
+    run,
+)
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
@@ -22,10 +31,7 @@ from expertmesh.experts.ffn import (
 from expertmesh.experts.reader import ExpertReader
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import UnknownExpert, UnsupportedCheckpoint
-from tests.checkpoints import FAMILIES, fp8_checkpoint, mxfp4_checkpoint, tiny_checkpoint
-from tests.reference_experts import expert_modules, load_model, num_experts, other_checkpoint
 
-OTHERS = sorted(set(SUPPORTED_MODEL_TYPES) - set(FAMILIES) - {"llama4_text"})
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -36,52 +42,6 @@ def family_path(
     return tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def load_ffn(path: Path, layer: int, dtype: torch.dtype) -> ExpertFFN:
-    reader = ExpertReader(Checkpoint.open(path))
-    held = range(reader.num_experts(layer))
-    return ExpertFFN.load(reader, layer, held, reader.spec, dtype)
-
-
-def run(
-    ffn: ExpertFFN, hidden_TD: torch.Tensor, experts_T: torch.Tensor, *, in_sort_order: bool = True
-) -> torch.Tensor:
-    """The output of one expert for each token, by way of rows sorted by expert: [T, D].
-
-    The order within an expert is transformers' (torch.sort, not stable): with several threads the
-    bits of a float32 product depend on where a row lies.
-    """
-    order = torch.sort(experts_T).indices if in_sort_order else torch.argsort(experts_T, stable=True)
-    experts, counts = torch.unique_consecutive(experts_T[order], return_counts=True)
-    out_TD = torch.empty_like(hidden_TD)
-    out_TD[order] = ffn.forward(hidden_TD[order], experts.tolist(), counts.tolist())
-    return out_TD
-
-
-def reference(module: Any, hidden_TD: torch.Tensor, experts_T: torch.Tensor) -> torch.Tensor:
-    """The same by transformers' module: one slot per token with a weight of one: [T, D]."""
-    ones = torch.ones_like(hidden_TD[:, :1])
-    return module(hidden_TD, experts_T[:, None], ones).view_as(hidden_TD)
-
-
-def reference_dense(module: Any, hidden_TD: torch.Tensor) -> torch.Tensor:
-    """Llama 4's module takes every token through every expert: [E, T, D]."""
-    everything = module(hidden_TD.repeat(module.num_experts, 1))
-    return everything.view(module.num_experts, *hidden_TD.shape)
-
-
-def assert_bit_equal(path: Path, dtype: torch.dtype) -> None:
-    for layer, module in expert_modules(load_model(path, dtype)).items():
-        ffn = load_ffn(path, layer, dtype)
-        in_sort_order = hasattr(module, "has_gate")  # the eager module of DBRX keeps token order
-        for num_tokens in (1, 5, 37):
-            hidden_TD = torch.randn(num_tokens, ffn.shape.hidden_size).to(dtype)
-            experts_T = torch.randint(num_experts(module), (num_tokens,))
-            with torch.inference_mode():
-                expected = reference(module, hidden_TD, experts_T)
-            got = run(ffn, hidden_TD, experts_T, in_sort_order=in_sort_order)
-            assert torch.equal(got, expected), (layer, num_tokens)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bit_equal_to_transformers(family_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
@@ -90,19 +50,34 @@ def test_bit_equal_to_transformers(family_path: Path, dtype: torch.dtype) -> Non
     assert_bit_equal(family_path, dtype)
 
 
-@pytest.mark.parametrize("model_type", OTHERS)
-def test_bit_equal_to_transformers_beyond_the_promised_families(
-    model_type: str, tmp_path: Path
-) -> None:
-    torch.manual_seed(1)
-    assert_bit_equal(other_checkpoint(model_type, tmp_path), torch.float32)
-
-
 def test_bit_equal_on_quantised_checkpoints(tmp_path: Path) -> None:
     torch.manual_seed(1)
     assert_bit_equal(fp8_checkpoint(tmp_path / "fp8"), torch.bfloat16)
     assert_bit_equal(mxfp4_checkpoint(tmp_path / "mxfp4"), torch.bfloat16)
     assert_bit_equal(mxfp4_checkpoint(tmp_path / "mxfp4"), torch.float32)
+
+
+@pytest.mark.parametrize("padding_bytes", [0, 8, 16, 24])
+def test_bit_equal_wherever_the_weights_lie_in_the_file(padding_bytes: int, tmp_path: Path) -> None:
+    """transformers multiplies by fused weights where they are mapped, aligned or not."""
+    torch.manual_seed(1)
+    path = tiny_checkpoint("mixtral", tmp_path, fused=True)
+    file = path / "model.safetensors"
+    metadata = {"format": "pt", "padding": "x" * padding_bytes}
+    save_file({name: tensor.clone() for name, tensor in load_file(file).items()}, file, metadata)
+    assert_bit_equal(path, torch.float32)
+
+
+def test_bit_equal_wherever_the_rows_lie(tmp_path: Path) -> None:
+    """Rows read from a message start at any address."""
+    torch.manual_seed(1)
+    ffn = load_ffn(tiny_checkpoint("mixtral", tmp_path), 0, torch.float32)
+    for num_rows in (1, 2, 5):
+        rows_RD = torch.randn(num_rows, 64)
+        expected = ffn.forward(rows_RD, [3], [num_rows])
+        for skip in range(1, 16):
+            elsewhere = torch.empty(rows_RD.numel() + skip)[skip:].view_as(rows_RD).copy_(rows_RD)
+            assert torch.equal(ffn.forward(elsewhere, [3], [num_rows]), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

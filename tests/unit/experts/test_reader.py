@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.checkpoints import FAMILIES, fp8_checkpoint, mxfp4_checkpoint, tiny_checkpoint
+from tests.reference_experts import expert_modules, expert_weights, load_model, num_experts
 
 from expertmesh.experts.reader import ExpertReader
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import UnknownExpert, UnsupportedCheckpoint
-from tests.checkpoints import FAMILIES, fp8_checkpoint, mxfp4_checkpoint, tiny_checkpoint
-from tests.reference_experts import expert_modules, expert_weights, load_model, num_experts
 
 
 def open_reader(path: Path) -> ExpertReader:
@@ -129,4 +129,6 @@ def test_ignores_prediction_layers_and_shared_experts(tmp_path: Path) -> None:
     reader = open_reader(path)
     assert reader.layers() == [1]
     assert "model.layers.2.mlp.experts.0.up_proj.weight" in reader.index.ignored
-    assert all("shared" not in key for parts in reader.index.layers[1].parts for key in parts.values())
+    assert all(
+        "shared" not in key for parts in reader.index.layers[1].parts for key in parts.values()
+    )
