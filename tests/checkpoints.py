@@ -71,10 +71,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2": ("DeepseekV2Config", _MLA | {"topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("DeepseekV3Config", _MLA | {"norm_topk_prob": True}),
-    "olmoe": (
-        "OlmoeConfig",
-        {"intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 4},
-    ),
+    "olmoe": ("OlmoeConfig", _QWEN | {"intermediate_size": 48, "num_experts_per_tok": 4}),
     "gpt_oss": (
         "GptOssConfig",
         _LOCAL | {"head_dim": 16, "sliding_window": 8, "num_experts_per_tok": 3},
@@ -214,8 +211,8 @@ def fp8_checkpoint(directory: str | Path, *, seed: int = 0) -> Path:
 
     transformers without a GPU dequantises it, and then runs it in bfloat16 only.
     """
-    sizes: dict[str, Any] = {"hidden_size": 256, "moe_intermediate_size": 256}
-    sizes["intermediate_size"] = 256
+    names = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+    sizes: dict[str, Any] = dict.fromkeys(names, 2 * FP8_BLOCK)
     path = tiny_checkpoint("deepseek_v3", directory, dtype=torch.bfloat16, seed=seed, **sizes)
     _rewrite(path, _quantise_linears)
     _set_quantization(

@@ -154,12 +154,13 @@ def run(
 def reference(module: Any, hidden_TD: torch.Tensor, experts_T: torch.Tensor) -> torch.Tensor:
     """The same by transformers' module: one slot per token with a weight of one: [T, D]."""
     ones = torch.ones_like(hidden_TD[:, :1])
-    return module(hidden_TD, experts_T[:, None], ones).view_as(hidden_TD)
+    rows_TD: torch.Tensor = module(hidden_TD, experts_T[:, None], ones)
+    return rows_TD.view_as(hidden_TD)
 
 
 def reference_dense(module: Any, hidden_TD: torch.Tensor) -> torch.Tensor:
     """Llama 4's module takes every token through every expert: [E, T, D]."""
-    everything = module(hidden_TD.repeat(module.num_experts, 1))
+    everything: torch.Tensor = module(hidden_TD.repeat(module.num_experts, 1))
     return everything.view(module.num_experts, *hidden_TD.shape)
 
 

@@ -67,6 +67,8 @@ class MicroBatcher:
     Args:
         compute: outputs [R, D] of packed rows; runs on the batcher's own thread.
         clock: seconds, monotonic.
+        merge: whether rows of different requests may share a matrix product. If not, requests of a
+            batch are computed one after the other, each as if it were alone.
         on_batch: told the rows and the compute time (s) of each batch.
     """
 
@@ -75,10 +77,13 @@ class MicroBatcher:
         compute: Callable[[PackedRows], torch.Tensor],
         limits: BatchLimits,
         clock: Callable[[], float],
+        *,
+        merge: bool = True,
         on_batch: Callable[[int, float], None] = lambda num_rows, compute_s: None,
     ) -> None:
         self._compute = compute
         self._clock = clock
+        self._merge = merge
         self._on_batch = on_batch
         self._queue: deque[_Work] = deque()
         self._arrived = asyncio.Event()
@@ -221,5 +226,7 @@ class MicroBatcher:
 
     def _outputs(self, requests: list[PackedRows]) -> list[torch.Tensor]:
         with torch.inference_mode():
+            if not self._merge:
+                return [self._compute(rows) for rows in requests]
             batch = merge(requests)
             return split(batch, self._compute(batch.rows), len(requests))

@@ -52,7 +52,7 @@ class ExpertGroupArgs(Settings):
     port: NonNegativeInt = 0
     """Port of the server; 0 lets the kernel choose."""
     deterministic: bool = False
-    """Make fp32 results independent of batching and threads (MKL_CBWR); slower for few rows."""
+    """Give every caller the bits it would get alone, whoever else is served; slower under load."""
     reject_nonfinite: bool = False
     """Answer rows with NaN or infinity with an error instead of computing them."""
     max_message_bytes: PositiveInt = DEFAULT_MAX_MESSAGE_BYTES

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from expertmesh.experts.expert_spec import ExpertSpec
@@ -106,7 +107,7 @@ def _load_config(path: Path) -> Any:
     """transformers' config object: it knows the defaults that config.json may leave out."""
     try:
         return AutoConfig.from_pretrained(path).get_text_config()
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise NotACheckpoint(
             f"{path}/config.json: transformers cannot read it: {error}", path=path
         ) from error

@@ -14,6 +14,7 @@ from expertmesh.experts.assignment import experts_by_layer
 from expertmesh.experts.batch import PackedRows
 from expertmesh.experts.deployment import ExpertGroupArgs
 from expertmesh.experts.ffn import ExpertFFN
+from expertmesh.experts.invariance import ignores_row_count
 from expertmesh.experts.reader import ExpertReader
 from expertmesh.experts.sizing import check_fits, group_bytes
 from expertmesh.runtime.checkpoint import Checkpoint
@@ -33,6 +34,19 @@ class LoadedExperts:
     device: torch.device
     hidden_size: int
     weight_bytes: int
+
+    def may_merge(self, args: ExpertGroupArgs) -> bool:
+        """Whether rows of different callers may share a matrix product.
+
+        In deterministic mode only if that leaves every row's bits as they are, which MKL_CBWR
+        achieves on some CPUs.
+        """
+        shape = next(iter(self.layers.values())).shape
+        products = [
+            (shape.hidden_size, shape.ffn_size * (2 if shape.gated else 1)),
+            (shape.ffn_size, shape.hidden_size),
+        ]
+        return not args.deterministic or ignores_row_count(self.dtype, self.device, products)
 
     def compute(self, rows: PackedRows) -> torch.Tensor:
         """Outputs [R, D] on the CPU, unweighted, in the order of the rows."""

@@ -91,7 +91,13 @@ class Replica:
             telemetry.metrics.batch_rows.record(num_rows, args.group)
             telemetry.metrics.compute_time.record(compute_s, args.group)
 
-        batcher = MicroBatcher(loaded.compute, BatchLimits(), time.monotonic, on_batch)
+        batcher = MicroBatcher(
+            loaded.compute,
+            BatchLimits(),
+            time.monotonic,
+            merge=loaded.may_merge(args),
+            on_batch=on_batch,
+        )
         replica = cls(args, name, loaded, batcher, telemetry)
         await replica._open()
         logger.info("replica %s of group %s serves at %s", name, args.group, replica.address)
@@ -146,7 +152,7 @@ class Replica:
             weight_bytes=self._loaded.weight_bytes,
             pid=os.getpid(),
             host=socket.gethostname(),
-            deterministic=is_deterministic(os.environ),
+            deterministic=self._args.deterministic,
             version=version("expertmesh"),
         )
 

@@ -207,7 +207,7 @@ class ReplicaState(_message.Message):
     host: _builtins.str
     """Host name, for people."""
     deterministic: _builtins.bool
-    """Whether results are independent of batching and threads (MKL_CBWR set before torch loaded)."""
+    """Whether every caller gets the bits it would get alone, whatever else is batched."""
     version: _builtins.str
     """Version of expertmesh it runs."""
     @_builtins.property

@@ -90,7 +90,7 @@ class ServedModel:
 
 
 def _num_experts(checkpoint: Checkpoint, num_layers: int) -> dict[int, int]:
-    """Experts of each MoE layer, from the shapes of the gates; layers beyond predict more tokens."""
+    """Experts of each MoE layer, from the gates' shapes; layers beyond predict more tokens."""
     return {
         layer: checkpoint.shape(names["gate weight"][0])[0]
         for layer, names in gate_names(checkpoint.names()).items()

@@ -1,8 +1,8 @@
-"""fp32 results that do not depend on batch size, threads or layout: MKL's documented CBWR switch.
+"""MKL's switch for results that do not depend on batch size, threads or layout: MKL_CBWR.
 
-https://www.intel.com/content/www/us/en/docs/onemkl/developer-guide-linux/ (conditional numerical
-reproducibility). MKL reads the variable when torch is loaded, so it must be in the environment of a
-process from its start, and equal in every process whose results must agree.
+Its documentation calls it conditional numerical reproducibility. MKL reads the variable when torch
+is loaded, so it must be in a process's environment from its start, and equal in every process whose
+results must agree. Not every CPU honours it: `experts.invariance` tries before relying on it.
 """
 
 from collections.abc import Mapping

@@ -95,7 +95,7 @@ class MeshSettings(Settings):
     dtype: Dtype = "auto"
     """Compute dtype of gateway and experts; "auto" is the checkpoint's."""
     deterministic: bool = False
-    """Make fp32 results independent of batching and threads (MKL_CBWR); slower for few rows."""
+    """Give every caller the bits it would get alone, whoever else is served; slower under load."""
     max_message_bytes: PositiveInt = DEFAULT_MAX_MESSAGE_BYTES
     """Largest gRPC message anywhere in the mesh."""
     otlp_endpoint: str | None = None

@@ -15,7 +15,7 @@ from tests.local_experts import LocalExperts
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from expertmesh.client.attach import IMPLEMENTATION, attach, register
+from expertmesh.client.hooks import IMPLEMENTATION, attach_caller, register_caller
 from expertmesh.client.remote_experts import is_experts, layer_of
 from expertmesh.client.skeleton import load_skeleton, share_skeleton
 from expertmesh.runtime.errors import (
@@ -164,7 +164,7 @@ def test_attach_replaces_and_frees_the_experts(family: str, tmp_path: Path) -> N
     path = tiny_checkpoint(family, tmp_path, dtype=torch.bfloat16)
     full, model = load_full(path), load_full(path)
     experts = [weakref.ref(p) for name, p in model.named_parameters() if ".experts." in name]
-    assert attach(model, LocalExperts.of(full)) is model
+    assert attach_caller(model, LocalExperts.of(full)) is model
     gc.collect()
     assert experts
     assert not any(parameter() is not None for parameter in experts)
@@ -177,7 +177,7 @@ def test_experts_implementation_calls_the_mesh(family: str, tmp_path: Path) -> N
     path = tiny_checkpoint(family, tmp_path, dtype=torch.bfloat16)
     full = load_full(path)
     caller = LocalExperts.of(full)
-    register(caller)
+    register_caller(caller)
     model = load_full(path, experts_implementation=IMPLEMENTATION)
     assert torch.equal(logits_of(model), logits_of(full))
     assert {call.layer for call in caller.calls} == caller.layers.keys()
@@ -186,7 +186,7 @@ def test_experts_implementation_calls_the_mesh(family: str, tmp_path: Path) -> N
 
 def test_experts_implementation_outside_a_model_says_what_to_do(tmp_path: Path) -> None:
     full = load_full(tiny_checkpoint("mixtral", tmp_path))
-    register(LocalExperts.of(full))
+    register_caller(LocalExperts.of(full))
     full.set_experts_implementation(IMPLEMENTATION)
     experts = next(module for module in full.modules() if is_experts(module))
     with pytest.raises(UnsupportedCheckpoint, match="attach"):
@@ -198,7 +198,7 @@ def test_attach_refuses_a_dense_model() -> None:
     config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UnsupportedCheckpoint, match="no experts"):
-        attach(model, LocalExperts({}))
+        attach_caller(model, LocalExperts({}))
 
 
 def test_directory_without_a_config(tmp_path: Path) -> None:

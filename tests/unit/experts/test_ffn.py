@@ -3,7 +3,6 @@
 Shapes: T tokens, R rows (one per token unless said otherwise), D hidden size, K experts per token.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,9 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family_path(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
+def family_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
 
 

@@ -169,10 +169,10 @@ def test_fused_shapes_that_do_not_fit_are_named() -> None:
 def test_other_number_of_experts_than_the_config_says() -> None:
     with pytest.raises(UnsupportedCheckpoint, match="expert 2 of its layer differs or is missing"):
         index(QWEN, num_experts=3)
-    with pytest.raises(UnsupportedCheckpoint, match="has 2 experts, config.json says 1"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"has 2 experts, config\.json says 1"):
         index(QWEN, num_experts=1)
     stacked: Shapes = {f"blocks.0.ffn.experts.mlp.{name}": (13, 4) for name in ("w1", "v1", "w2")}
-    with pytest.raises(UnsupportedCheckpoint, match="config.json says 2 experts"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"config\.json says 2 experts"):
         index(stacked)
 
 

@@ -12,7 +12,7 @@ from tests.checkpoints import FAMILIES, tiny_model
 from tests.local_experts import LocalExperts
 from tests.waiting import until
 
-from expertmesh.client.attach import attach
+from expertmesh.client.hooks import attach_caller
 from expertmesh.client.skeleton import share_skeleton
 from expertmesh.runtime.errors import (
     Draining,
@@ -63,7 +63,7 @@ class Served:
 def served(family: str = "mixtral") -> Served:
     full, model = tiny_model(family), tiny_model(family)
     caller = LocalExperts.of(full)
-    return Served(full, attach(model, caller), caller)
+    return Served(full, attach_caller(model, caller), caller)
 
 
 @asynccontextmanager

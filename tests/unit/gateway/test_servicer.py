@@ -12,7 +12,7 @@ from tests.local_experts import LocalExperts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from expertmesh.client.attach import attach
+from expertmesh.client.hooks import attach_caller
 from expertmesh.client.skeleton import share_skeleton
 from expertmesh.runtime import tensors
 from expertmesh.runtime.errors import (
@@ -22,6 +22,7 @@ from expertmesh.runtime.errors import (
     MessageTooLarge,
     UnknownModel,
 )
+from expertmesh.runtime.telemetry import configure
 from expertmesh.services.gateway.engine import EngineKind, choose_engine
 from expertmesh.services.gateway.engine_config import EngineConfig
 from expertmesh.services.gateway.sampling import limits_of
@@ -57,7 +58,9 @@ class Gateway:
         return tokens
 
     def with_model(self, **changes: Any) -> GenerateServicer:
-        return GenerateServicer(replace(self.model, **changes), max_response_bytes=MAX_BYTES)
+        return GenerateServicer(
+            replace(self.model, **changes), configure("test"), max_response_bytes=MAX_BYTES
+        )
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def _one_thread() -> Iterator[None]:
 def build(kind: EngineKind) -> Gateway:
     full, skeleton = tiny_model("mixtral"), tiny_model("mixtral")
     caller = LocalExperts.of(full)
-    attach(skeleton, caller)
+    attach_caller(skeleton, caller)
     config = EngineConfig(max_batch_tokens=64, kv_cache_tokens=256, page_size=16)
     engine = choose_engine(share_skeleton(skeleton), kind, config)
     model = ServedModel(
@@ -81,7 +84,12 @@ def build(kind: EngineKind) -> Gateway:
         limits=limits_of(skeleton, config.kv_cache_tokens),
         tokenizer=tokenizer(),
     )
-    return Gateway(full, caller, model, GenerateServicer(model, max_response_bytes=MAX_BYTES))
+    return Gateway(
+        full,
+        caller,
+        model,
+        GenerateServicer(model, configure("test"), max_response_bytes=MAX_BYTES),
+    )
 
 
 @pytest.fixture

@@ -78,7 +78,8 @@ class Gateway:
         stack.push_async_callback(engine.close, _STOP_GRACE_S)
         self._engine = engine
         served = _served(args, scorer, engine)
-        servicer = GenerateServicer(served, max_response_bytes=args.max_message_bytes)
+        servicer = GenerateServicer(served, telemetry, max_response_bytes=args.max_message_bytes)
+        caller.callers = servicer.traceparents
         stack.callback(servicer.close)
         server = self._server(servicer, core)
         port = await server.start(args.host, args.port, serving=False)

@@ -4,17 +4,26 @@ Shape suffixes: B batch, S sequence length, V vocabulary.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import torch
+from opentelemetry.trace import SpanKind
 
 from expertmesh.runtime import tensors
-from expertmesh.runtime.errors import InvalidInput, MessageTooLarge, UnknownModel
+from expertmesh.runtime.errors import (
+    ExpertMeshError,
+    InvalidInput,
+    MessageTooLarge,
+    UnknownModel,
+)
+from expertmesh.runtime.telemetry import Telemetry, inject, traceparent_of
 from expertmesh.services.gateway.engine import Engine
 from expertmesh.services.gateway.sampling import GenerationRequest, Limits, to_request
 from expertmesh.services.gateway.text_stream import TextStream
@@ -23,6 +32,7 @@ from expertmesh.v1 import generate_pb2 as pb
 from expertmesh.v1 import generate_pb2_grpc, router_pb2, tensor_pb2
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerateService"].full_name
+STAGE = "gateway"
 
 
 @dataclass(frozen=True)
@@ -127,14 +137,22 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
     def __init__(
         self,
         model: ServedModel,
+        telemetry: Telemetry,
         *,
         max_response_bytes: int,
         max_waiting_scores: int = 16,
     ) -> None:
         self._model = model
+        self._telemetry = telemetry
+        self._traces: dict[int, str] = {}
+        self._keys = itertools.count()
         self._max_response_bytes = max_response_bytes
         self._scores = Admission(1 + max_waiting_scores)
         self._score_worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
+
+    def traceparents(self) -> tuple[str, ...]:
+        """Of the calls that run now: a forward of the engine belongs to all of them."""
+        return tuple(self._traces.values())
 
     def close(self) -> None:
         """Waits for a running Score; takes no more."""
@@ -152,15 +170,43 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             UnknownModel, InvalidInput: before anything is computed.
             ExpertMeshError: as `Engine.submit` raises.
         """
-        model = self._named(request.model)
-        defaults = model.scorer.generation_config
-        asked = to_request(request, model.tokenize(request), defaults, model.limits)
-        answer = _Answer(asked, model.text_stream(asked.stop))
-        async with aclosing(model.engine.submit(asked)) as steps:
-            async for tokens in steps:
-                yield answer.step(tokens)
-                if answer.finish:
-                    return
+        with self._traced(context, "Generate"):
+            model = self._named(request.model)
+            defaults = model.scorer.generation_config
+            asked = to_request(request, model.tokenize(request), defaults, model.limits)
+            answer = _Answer(asked, model.text_stream(asked.stop))
+            started_s = time.monotonic()
+            async with aclosing(model.engine.submit(asked)) as steps:
+                async for tokens in steps:
+                    self._measure(answer, len(tokens), started_s)
+                    yield answer.step(tokens)
+                    if answer.finish:
+                        return
+
+    @contextmanager
+    def _traced(self, context: Any, method: str) -> Iterator[None]:
+        """The call's span, counted, and known to `traceparents` while it runs."""
+        metrics = self._telemetry.metrics
+        metrics.calls.add(1, STAGE, method)
+        parent = traceparent_of(context.invocation_metadata()) if self._telemetry.enabled else ""
+        with self._telemetry.span(f"gateway.{method}", parent=parent, kind=SpanKind.SERVER):
+            key = next(self._keys)
+            if self._telemetry.enabled:
+                self._traces[key] = inject()
+            try:
+                yield
+            except ExpertMeshError as error:
+                metrics.errors.add(1, STAGE, error.code.name)
+                raise
+            finally:
+                self._traces.pop(key, None)
+
+    def _measure(self, answer: "_Answer", num_tokens: int, started_s: float) -> None:
+        metrics, name = self._telemetry.metrics, self._model.info.name
+        if not answer.num_tokens:
+            metrics.tokens.add(len(answer.request.prompt), STAGE)
+            metrics.time_to_first_token.record(time.monotonic() - started_s, name)
+        metrics.generated_tokens.add(num_tokens, name)
 
     async def Score(
         self,
@@ -173,16 +219,17 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             UnknownModel, InvalidInput, MessageTooLarge: before anything is computed.
             QueueFull: too many calls wait.
         """
-        model = self._named(request.model)
-        tokens_BS = _score_tokens(request.tokens, model.limits)
-        mask_BS = _score_mask(request, tokens_BS.shape)
-        self._check_size(tokens_BS, model)
-        loop = asyncio.get_running_loop()
-        with self._scores.admit():
-            logits_BSV = await loop.run_in_executor(
-                self._score_worker, _forward, model.scorer, tokens_BS, mask_BS
-            )
-        return pb.ScoreResponse(logits=tensors.to_proto(logits_BSV))
+        with self._traced(context, "Score"):
+            model = self._named(request.model)
+            tokens_BS = _score_tokens(request.tokens, model.limits)
+            mask_BS = _score_mask(request, tokens_BS.shape)
+            self._check_size(tokens_BS, model)
+            loop = asyncio.get_running_loop()
+            with self._scores.admit():
+                logits_BSV = await loop.run_in_executor(
+                    self._score_worker, _forward, model.scorer, tokens_BS, mask_BS
+                )
+            return pb.ScoreResponse(logits=tensors.to_proto(logits_BSV))
 
     async def ListModels(
         self,

@@ -23,7 +23,7 @@ IMPLEMENTATION = "expertmesh"
 _LAYER = "_expertmesh_layer"
 
 
-def attach(model: Any, caller: ExpertCaller) -> Any:
+def attach_caller(model: Any, caller: ExpertCaller) -> Any:
     """Replaces the experts of a loaded transformers model in place and returns the model.
 
     The memory of the expert weights is freed, unless something else refers to them.
@@ -35,11 +35,11 @@ def attach(model: Any, caller: ExpertCaller) -> Any:
     return model
 
 
-def register(caller: ExpertCaller) -> None:
+def register_caller(caller: ExpertCaller) -> None:
     """Makes `from_pretrained(..., experts_implementation="expertmesh")` call `caller`.
 
-    The expert weights stay in the model, unused; `attach` frees them, `load_skeleton` never reads
-    them. Works for the classes transformers decorates with `@use_experts_implementation` (not
+    The expert weights stay in the model, unused; `attach_caller` frees them, `load_skeleton` never
+    reads them. Works for the classes transformers decorates with `@use_experts_implementation` (not
     dbrx and llama4). A second call replaces the caller of the first, for all models.
     """
 
