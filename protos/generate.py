@@ -1,6 +1,6 @@
 """Regenerate the committed protobuf code, or check that it is up to date.
 
-Usage: ``python protos/generate.py`` writes, ``python protos/generate.py --check`` compares and exits 1 on a difference.
+`python protos/generate.py` writes; with `--check` it compares and exits 1 on a difference.
 """
 
 import argparse
@@ -16,10 +16,13 @@ PACKAGE = Path("expertmesh/v1")
 
 
 def _include_dirs() -> list[str]:
-    """Folders with google/protobuf (inside grpcio-tools) and google/rpc (googleapis-common-protos)."""
+    """Folders with google/protobuf (grpcio-tools) and google/rpc (googleapis-common-protos)."""
     tools = importlib.util.find_spec("grpc_tools")
     rpc = importlib.util.find_spec("google.rpc")
-    assert tools and tools.origin and rpc and rpc.submodule_search_locations
+    assert tools
+    assert tools.origin
+    assert rpc
+    assert rpc.submodule_search_locations
     return [
         str(Path(tools.origin).parent / "_proto"),
         str(Path(next(iter(rpc.submodule_search_locations))).parents[1]),

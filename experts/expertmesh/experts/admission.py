@@ -10,7 +10,7 @@ import torch
 
 from expertmesh.experts.batch import PackedRows
 from expertmesh.runtime.errors import InvalidInput, NonFiniteInput, UnknownExpert, UnknownModel
-from expertmesh.runtime.tensors import aligned, dtype_name, from_bytes, torch_dtype
+from expertmesh.runtime.tensors import dtype_name, from_bytes, torch_dtype
 from expertmesh.v1 import expert_pb2
 
 
@@ -40,7 +40,7 @@ def admit(request: expert_pb2.ComputeRequest, payload: memoryview, holding: Hold
     _check_counts(experts, counts)
     _check_form(request, holding)
     shape = (sum(counts), holding.hidden_size)
-    rows_RD = aligned(from_bytes(payload, holding.dtype, shape, "rows"))
+    rows_RD = from_bytes(payload, holding.dtype, shape, "rows")
     if holding.reject_nonfinite and not bool(torch.isfinite(rows_RD).all()):
         row = int((~torch.isfinite(rows_RD)).any(-1).nonzero()[0])
         raise NonFiniteInput(f"rows: row {row} of {shape[0]} holds NaN or infinity", row=row)

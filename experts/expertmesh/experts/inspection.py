@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
 from expertmesh.experts.expert_spec import ExpertSpec
 from expertmesh.experts.reader import ExpertReader
 from expertmesh.runtime.checkpoint import Checkpoint
-from expertmesh.runtime.errors import NotACheckpoint
+from expertmesh.runtime.hf_config import load_config
 
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 
@@ -67,7 +65,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
     """
     checkpoint = Checkpoint.open(path)
     reader = ExpertReader(checkpoint)
-    config = _load_config(checkpoint.path)
+    config = load_config(checkpoint.path).get_text_config()
     layers = reader.index.layers
     first = layers[reader.layers()[0]]
     keys = {
@@ -101,16 +99,6 @@ def inspect_checkpoint(path: str | Path) -> CheckpointReport:
             layer: reader.expert_shape(layer).num_parameters for layer in reader.layers()
         },
     )
-
-
-def _load_config(path: Path) -> Any:
-    """transformers' config object: it knows the defaults that config.json may leave out."""
-    try:
-        return AutoConfig.from_pretrained(path).get_text_config()
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise NotACheckpoint(
-            f"{path}/config.json: transformers cannot read it: {error}", path=path
-        ) from error
 
 
 def _top_k(config: Any) -> int:

@@ -172,9 +172,7 @@ class RouterCore:
     ) -> torch.Tensor:
         """[T, K, D] unweighted expert outputs."""
         experts_S: list[int] = experts_TK.reshape(-1).tolist()
-        slots = slots_by_expert(
-            experts_S, slot_order(hidden_TD.shape[0], experts_TK.shape[1], mode)
-        )
+        slots = slots_by_expert(experts_S, slot_order(experts_TK, mode))
         self.usage.count(layer, slots)
         self._metrics.tokens.add(hidden_TD.shape[0], STAGE)
         outputs_SD = hidden_TD.new_empty((len(experts_S), hidden_TD.shape[1]))

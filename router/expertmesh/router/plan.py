@@ -6,6 +6,8 @@ T tokens, K experts per token, R rows. A slot is one (token, k) pair: slot = tok
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from expertmesh.router.combine import CombineMode
 from expertmesh.router.snapshot import Key
 from expertmesh.runtime.errors import ExpertUnavailable
@@ -25,14 +27,17 @@ class Shipment:
     """Slots in the order of the shipment's rows."""
 
 
-def slot_order(num_tokens: int, top_k: int, mode: CombineMode) -> Sequence[int]:
-    """All slots in the order in which transformers stacks an expert's rows.
+def slot_order(experts_TK: torch.Tensor, mode: CombineMode) -> list[int]:
+    """All slots in the order in which transformers stacks the rows of an expert.
 
-    Token by token in its grouped implementations, k by k in its eager loops. The order matters for
-    the bits: matrix products treat the last few rows of a matrix differently.
+    The order matters for the bits: products treat the last few rows of a matrix differently. The
+    grouped implementations sort the ids of all slots (and torch.sort is not stable), the eager
+    loops go k by k.
     """
+    num_tokens, top_k = experts_TK.shape
     if mode == "slot_sum":
-        return range(num_tokens * top_k)
+        order: list[int] = torch.sort(experts_TK.reshape(-1)).indices.tolist()
+        return order
     return [token * top_k + k for k in range(top_k) for token in range(num_tokens)]
 
 

@@ -1,6 +1,6 @@
 """RouterService: the router core for callers with their own hidden states.
 
-T tokens, D hidden size, K experts per token, R rows (T * K).
+T tokens, D hidden size, K experts per token, R rows (T * K), P padded rows.
 """
 
 from contextlib import AbstractContextManager
@@ -14,6 +14,7 @@ from expertmesh.router.core import RouterCore
 from expertmesh.router.gate import Routing, route
 from expertmesh.router.served_model import ServedModel
 from expertmesh.router.validate import check_finite, check_hidden
+from expertmesh.runtime.dense_rows import pad_to_dense
 from expertmesh.runtime.errors import InvalidInput, UnknownModel
 from expertmesh.runtime.telemetry import Telemetry, traceparent_of
 from expertmesh.runtime.tensors import aligned, dtype_name, from_proto, to_proto
@@ -112,10 +113,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """Weights scale the experts' inputs (llama4): each slot is a row of its own."""
         num_tokens, top_k = routing.experts_TK.shape
         rows_RD = (hidden_TD.unsqueeze(1) * routing.weights_TK.unsqueeze(-1)).flatten(0, 1)
-        experts_R1 = routing.experts_TK.reshape(-1, 1)
-        ones_R1 = torch.ones_like(experts_R1, dtype=rows_RD.dtype)
-        out_RD = await self._core.dispatch(layer, rows_RD, experts_R1, ones_R1, mode, timeout_s)
-        return out_RD.view(num_tokens, top_k, -1).sum(dim=1)
+        experts_R = routing.experts_TK.reshape(-1)
+        padded_PD, experts_P = pad_to_dense(rows_RD, experts_R, num_tokens)
+        ones_P1 = torch.ones_like(experts_P, dtype=rows_RD.dtype).unsqueeze(1)
+        out_PD = await self._core.dispatch(
+            layer, padded_PD, experts_P.unsqueeze(1), ones_P1, mode, timeout_s
+        )
+        return out_PD[: len(rows_RD)].view(num_tokens, top_k, -1).sum(dim=1)
 
     def _span(self, context: Any, name: str) -> AbstractContextManager[Span]:
         if not self._telemetry.enabled:

@@ -1,7 +1,7 @@
 """Modules without weights that stand where a model has its experts, and call them elsewhere.
 
-Shape suffixes: T tokens, D hidden size, E experts, K experts per token, R rows (T * K), B batch,
-S sequence length; "N" is any leading shape.
+Shape suffixes: T tokens, D hidden size, E experts, K experts per token, R rows (T * K), P padded
+rows, B batch, S sequence length; "N" is any leading shape.
 """
 
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from expertmesh.runtime.dense_rows import pad_to_dense
 from expertmesh.runtime.errors import UnsupportedCheckpoint
 from expertmesh.v1 import router_pb2
 
@@ -111,11 +112,13 @@ class RemoteLlama4Moe(nn.Module):
 
     def _dispatch(self, rows_RD: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
         """Each row is a token of its own with one expert: rows differ between a token's experts."""
-        experts_R1 = experts_TK.reshape(-1, 1)
-        weights_R1 = torch.ones_like(experts_R1, dtype=rows_RD.dtype)
-        return self.caller.dispatch(
-            self.layer, rows_RD, experts_R1, weights_R1, router_pb2.COMBINE_SLOT_SUM
+        experts_R = experts_TK.reshape(-1)
+        padded_PD, experts_P = pad_to_dense(rows_RD, experts_R, len(experts_TK))
+        weights_P1 = torch.ones_like(experts_P, dtype=rows_RD.dtype).unsqueeze(1)
+        out_PD = self.caller.dispatch(
+            self.layer, padded_PD, experts_P.unsqueeze(1), weights_P1, router_pb2.COMBINE_SLOT_SUM
         )
+        return out_PD[: len(rows_RD)]
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, num_experts={self.num_experts}"

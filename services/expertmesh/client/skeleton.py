@@ -13,9 +13,9 @@ from expertmesh.runtime.errors import (
     CheckpointError,
     DamagedShard,
     MissingShard,
-    NotACheckpoint,
     UnsupportedCheckpoint,
 )
+from expertmesh.runtime.hf_config import load_config
 
 _EXPERT_KEYS = r"\.experts\."
 _DENSE_QUANTIZED = {"fp8"}
@@ -49,7 +49,7 @@ def load_skeleton(
         UnsupportedCheckpoint: transformers knows no such model, or it has no experts.
         CheckpointError: tensors of the dense part are not there.
     """
-    config = _load_config(Path(path), config_overrides)
+    config = _dense_config(Path(path), config_overrides)
     model_class = _causal_class(config)
     try:
         model, info = _skeleton_class(model_class, caller).from_pretrained(
@@ -81,15 +81,8 @@ def share_skeleton(model: Any) -> Any:
     return copy.deepcopy(model, {id(value): value for value in shared})
 
 
-def _load_config(path: Path, overrides: dict[str, Any]) -> Any:
-    if not (path / "config.json").is_file():
-        raise NotACheckpoint(
-            f"{path}: no config.json; expected a Hugging Face checkpoint directory", path=path
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **overrides)
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedCheckpoint(f"{path}/config.json: {error}", path=path) from error
+def _dense_config(path: Path, overrides: dict[str, Any]) -> Any:
+    config = load_config(path, **overrides)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         _adapt_quantization(config, dict(quantization))

@@ -4,32 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from expertmesh.runtime.checkpoint import Checkpoint
-from expertmesh.runtime.errors import UnsupportedCheckpoint
 from expertmesh.services.settings import MeshSettings
 
 
 def model_name(settings: MeshSettings) -> str:
     """The model's name in requests."""
     return settings.model_name or Path(settings.model).resolve().name
-
-
-def load_config(path: Path) -> Any:
-    """The transformers config of a checkpoint directory.
-
-    Raises:
-        UnsupportedCheckpoint: transformers does not know the model type.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, KeyError) as error:
-        model_type = Checkpoint.open(path).config.get("model_type")
-        raise UnsupportedCheckpoint(
-            f"{path}/config.json: transformers has no model_type {model_type!r}",
-            model_type=model_type,
-        ) from error
 
 
 def model_dtype(name: str, config: Any) -> torch.dtype:

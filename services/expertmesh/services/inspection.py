@@ -13,7 +13,8 @@ from expertmesh.experts.inspection import CheckpointReport, inspect_checkpoint
 from expertmesh.experts.sizing import format_bytes, group_bytes, min_num_groups
 from expertmesh.router.families import routing_spec
 from expertmesh.runtime.errors import ExpertMeshError
-from expertmesh.services.checkpoints import load_config, model_dtype
+from expertmesh.runtime.hf_config import load_config
+from expertmesh.services.checkpoints import model_dtype
 
 DEVICES: Mapping[str, int] = {
     "L4 / RTX 4090 (24 GB)": 24 * 10**9,

@@ -18,8 +18,9 @@ from expertmesh.client.generate import Client
 from expertmesh.client.router import RouterClient
 from expertmesh.client.skeleton import load_skeleton
 from expertmesh.runtime.channels import channel_options
+from expertmesh.runtime.hf_config import load_config
 from expertmesh.runtime.tensors import from_proto, to_proto
-from expertmesh.services.checkpoints import load_config, model_dtype
+from expertmesh.services.checkpoints import model_dtype
 from expertmesh.services.local import Endpoints, local_mesh
 from expertmesh.services.settings import MeshSettings
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc
@@ -74,16 +75,9 @@ def random_prompts(vocab_size: int) -> PaddedPrompts:
 def load_reference(settings: MeshSettings) -> Any:
     """The whole model in this process, as a user of transformers loads it."""
     torch.set_num_threads(settings.gateway.threads)  # fp32 bits can depend on it
-    dtype = model_dtype(settings.dtype, load_config_of(settings))
+    dtype = model_dtype(settings.dtype, load_config(settings.model))
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, local_files_only=True)
     return model.eval()
-
-
-def load_config_of(settings: MeshSettings) -> Any:
-    """The transformers config of the mesh's checkpoint."""
-    from pathlib import Path
-
-    return load_config(Path(settings.model))
 
 
 def compare(

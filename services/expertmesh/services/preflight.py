@@ -8,7 +8,8 @@ from expertmesh.experts.reader import ExpertReader
 from expertmesh.experts.sizing import check_fits, format_bytes, group_bytes
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.device import probe_for
-from expertmesh.services.checkpoints import load_config, model_dtype, model_name
+from expertmesh.runtime.hf_config import load_config
+from expertmesh.services.checkpoints import model_dtype, model_name
 from expertmesh.services.settings import MeshSettings
 
 

@@ -15,11 +15,12 @@ from expertmesh.router.core import RouterCore
 from expertmesh.router.served_model import ServedModel
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import ExpertMeshError
+from expertmesh.runtime.hf_config import load_config
 from expertmesh.runtime.json_logs import setup_logging
 from expertmesh.runtime.server import MeshServer
 from expertmesh.runtime.state import MeshWatcher
 from expertmesh.runtime.telemetry import Telemetry, configure
-from expertmesh.services.checkpoints import load_config, model_dtype, model_name
+from expertmesh.services.checkpoints import model_dtype, model_name
 from expertmesh.services.settings import MeshSettings
 from expertmesh.v1 import control_pb2_grpc, router_pb2_grpc
 

@@ -19,12 +19,13 @@ from expertmesh.router.core import RouterCore
 from expertmesh.router.served_model import ServedModel as RoutedModel
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import Unavailable
+from expertmesh.runtime.hf_config import load_config
 from expertmesh.runtime.json_logs import setup_logging
 from expertmesh.runtime.server import MeshServer
 from expertmesh.runtime.state import MeshWatcher
 from expertmesh.runtime.telemetry import Telemetry, configure
 from expertmesh.services.callers import CoreCaller
-from expertmesh.services.checkpoints import load_config, model_dtype
+from expertmesh.services.checkpoints import model_dtype
 from expertmesh.services.gateway.deployment import GatewayArgs
 from expertmesh.services.gateway.engine import Engine, choose_engine
 from expertmesh.services.gateway.engine_config import EngineConfig
