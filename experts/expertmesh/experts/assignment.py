@@ -60,6 +60,7 @@ def experts_by_layer(
         ConfigError: a layer or expert the model does not have.
     """
     wanted = dict.fromkeys(layers, experts) if isinstance(experts, str) else experts
+    most = max(layers.values(), default=0)
     held = {}
     for layer, text in wanted.items():
         if layer not in layers:
@@ -67,11 +68,12 @@ def experts_by_layer(
                 f"experts: layer {layer}: MoE layers are {sorted(layers)}", layer=layer
             )
         ids = parse_ids(text, f"experts[{layer}]")
+        limit = most if isinstance(experts, str) else layers[layer]
+        if ids[-1] >= limit:
+            message = f"experts[{layer}]: ids are 0 to {limit - 1}, got {text!r}"
+            raise ConfigError(message, layer=layer)
         # layers with fewer experts than others hold what they have of the range
         own = tuple(e for e in ids if e < layers[layer])
-        if (not isinstance(experts, str) and own != ids) or ids[0] >= max(layers.values()):
-            limit = layers[layer] - 1
-            raise ConfigError(f"experts[{layer}]: ids are 0 to {limit}, got {text!r}", layer=layer)
         if own:
             held[layer] = own
     return held

@@ -7,7 +7,7 @@ request's layer, up to a row budget. A batch that is not full may wait a little 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -106,10 +106,11 @@ class MicroBatcher:
         trace: TracebackType | None,
     ) -> None:
         assert self._task
+        self._draining = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        while self._queue:
-            self._fail(self._queue.popleft(), Draining("the replica has stopped"))
+        self._fail_all(self._queue, Draining("the replica has stopped"))
+        self._queue.clear()
         self._thread.shutdown(wait=False)
 
     async def submit(self, rows: PackedRows, timeout_s: float | None = None) -> Computed:
@@ -204,6 +205,10 @@ class MicroBatcher:
         if not work.answer.done():
             work.answer.set_exception(error)
 
+    def _fail_all(self, batch: Iterable[_Work], error: Exception) -> None:
+        for work in batch:
+            self._fail(work, error)
+
     async def _answer(self, batch: list[_Work]) -> None:
         loop = asyncio.get_running_loop()
         started_s = self._clock()
@@ -212,9 +217,11 @@ class MicroBatcher:
             outputs = await loop.run_in_executor(self._thread, self._outputs, requests)
         except Exception as error:
             logger.error("a batch failed", exc_info=error)
-            for work in batch:
-                self._fail(work, InternalError("the batch failed; see the replica's log"))
+            self._fail_all(batch, InternalError("the batch failed; see the replica's log"))
             return
+        except asyncio.CancelledError:  # closing: nobody will wait for these outputs
+            self._fail_all(batch, Draining("the replica has stopped"))
+            raise
         compute_s = self._clock() - started_s
         num_rows = sum(rows.num_rows for rows in requests)
         self.stats.observe(num_rows, started_s - batch[0].arrived_s, compute_s)

@@ -4,7 +4,6 @@
 `args` as in `ExpertGroupArgs`. Deploy through Serve's config path: `serve.run` restarts replicas.
 """
 
-import os
 from typing import Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -13,7 +12,6 @@ from ray import serve
 from expertmesh.experts.limits import BatchLimits
 from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
 from expertmesh.runtime.config import Settings
-from expertmesh.runtime.determinism import deterministic_environment
 
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 5.0
@@ -104,22 +102,12 @@ class ExpertGroup:
             await replica.drain_and_stop()
 
 
-def _environment(args: ExpertGroupArgs) -> dict[str, Any]:
-    if not args.deterministic:
-        return {}
-    return {"runtime_env": {"env_vars": deterministic_environment(os.environ)}}
-
-
 def build(args: ExpertGroupArgs) -> serve.Application:
     """The group's application: one deployment named like the group."""
     deployment = serve.deployment(
         name=args.group,
         num_replicas=args.num_replicas,
-        ray_actor_options={
-            "num_cpus": args.num_cpus,
-            "num_gpus": args.num_gpus,
-            **_environment(args),
-        },
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         user_config=BatchLimits().model_dump(),
         max_surge_percent=100,
         health_check_period_s=HEALTH_PERIOD_S,

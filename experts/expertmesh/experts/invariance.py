@@ -1,7 +1,8 @@
 """Do the bits of a row's product depend on how many other rows are multiplied with it?
 
-Matrix libraries pick other kernels for few rows, so merging callers changes bits. MKL_CBWR turns
-that off where MKL honours it (not on AMD, and not for bfloat16), so it is tried, not assumed.
+Matrix libraries pick other kernels for few rows, so merging callers changes bits. MKL_CBWR in
+the environment of every process ("AVX512,STRICT") turns that off for float32 where MKL honours it:
+on Intel, not on AMD. So it is tried, not assumed.
 
 Shapes: M rows, I and O inputs and outputs of a product.
 """

@@ -38,8 +38,7 @@ class LoadedExperts:
     def may_merge(self, args: ExpertGroupArgs) -> bool:
         """Whether rows of different callers may share a matrix product.
 
-        In deterministic mode only if that leaves every row's bits as they are, which MKL_CBWR
-        achieves on some CPUs.
+        In deterministic mode only if that leaves every row's bits as they are.
         """
         shape = next(iter(self.layers.values())).shape
         products = [

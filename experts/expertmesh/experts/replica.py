@@ -23,9 +23,8 @@ from expertmesh.experts.limits import BatchLimits
 from expertmesh.experts.loading import LoadedExperts, load_experts
 from expertmesh.experts.servicer import SERVICE, ExpertServicer
 from expertmesh.runtime.config import validate
-from expertmesh.runtime.determinism import is_deterministic
 from expertmesh.runtime.device import probe_for
-from expertmesh.runtime.errors import ConfigError, ExpertMeshError, InternalError
+from expertmesh.runtime.errors import ExpertMeshError, InternalError
 from expertmesh.runtime.json_logs import setup_logging
 from expertmesh.runtime.server import MeshServer
 from expertmesh.runtime.state import ReplicaPublisher
@@ -81,8 +80,6 @@ class Replica:
             CheckpointError, InsufficientMemory, ConfigError: it cannot serve; nothing is left over.
         """
         setup_logging(args.log_level)
-        if args.deterministic and not is_deterministic(os.environ):
-            raise ConfigError("deterministic: MKL_CBWR is not set to a STRICT mode in this process")
         torch.set_num_threads(args.threads)
         loaded = await asyncio.to_thread(load_experts, args)
         telemetry = configure("expert", args.otlp_endpoint, instance=name)

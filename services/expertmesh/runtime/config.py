@@ -27,7 +27,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", file=path) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or 2024-13-45
         raise ConfigError(f"{path}: not YAML: {error}", file=path) from error
     if content is None:
         return {}
@@ -36,12 +36,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _place(values: dict[str, Any], variable: str, value: Any) -> None:
-    *sections, last = variable.removeprefix(ENV_PREFIX).lower().split(NESTING)
+def parse_value(text: str, source: str) -> Any:
+    """The value that `text` is in YAML, or a ConfigError naming the variable or flag it is from."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 is no date
+        raise ConfigError(f"{source}: {text!r} is not YAML: {error}", source=source) from error
+
+
+def _place(values: dict[str, Any], field: str, value: Any, source: str) -> None:
+    *sections, last = field.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{variable}: {section!r} has no fields of its own", field=section)
+            raise ConfigError(f"{source}: {section!r} has no fields of its own", field=section)
         values = inner
     values[last] = value
 
@@ -50,12 +58,18 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location) or "configuration"
 
 
-def _explain(error: ValidationError, env: Mapping[str, str], file: Path | None) -> ConfigError:
+def _source(field: str, sources: Mapping[str, str], file: Path | None) -> str:
+    """Where the field, or the section it was given in, came from last."""
+    parts = field.split(".")
+    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((sources[n] for n in names if n in sources), str(file or "defaults and arguments"))
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str], file: Path | None) -> ConfigError:
     lines = []
     for problem in error.errors():
         field = _dotted(problem["loc"])
-        variable = ENV_PREFIX + field.upper().replace(".", NESTING)
-        source = variable if variable in env else (file or "defaults and arguments")
+        source = _source(field, sources, file)
         if problem["type"] == "extra_forbidden":
             lines.append(f"{field}: no such field (from {source})")
         else:
@@ -80,24 +94,32 @@ def load(
         ConfigError: names each wrong field, what was expected, what came, and from where.
     """
     values = _read_yaml(file) if file else {}
+    sources: dict[str, str] = {}
     for variable in sorted(env):
         if variable.startswith(ENV_PREFIX):
-            _place(values, variable, yaml.safe_load(env[variable]))
-    for name, value in (overrides or {}).items():
+            field = variable.removeprefix(ENV_PREFIX).lower().replace(NESTING, ".")
+            _place(values, field, parse_value(env[variable], variable), variable)
+            sources[field] = variable
+    for field, value in (overrides or {}).items():
         if value is not None:
-            _place(values, name.replace(".", NESTING), value)
-    return validate(model, values, env=env, file=file)
+            _place(values, field, value, f"argument {field}")
+            sources[field] = "arguments"
+    return validate(model, values, sources=sources, file=file)
 
 
 def validate(
     model: type[S],
     values: Mapping[str, Any],
     *,
-    env: Mapping[str, str] | None = None,
+    sources: Mapping[str, str] | None = None,
     file: Path | None = None,
 ) -> S:
-    """`values` as a `model`, or a ConfigError naming the fields."""
+    """`values` as a `model`, or a ConfigError naming the fields.
+
+    Args:
+        sources: dotted name -> where its value is from, if not from `file`.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, env or {}, file) from error
+        raise _explain(error, sources or {}, file) from error

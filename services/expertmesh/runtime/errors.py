@@ -49,7 +49,7 @@ class ExpertMeshError(Exception):
     retryable: ClassVar[bool] = False
     """Whether the same call can succeed later or elsewhere without the caller changing it."""
 
-    def __init__(self, message: str, **fields: object) -> None:
+    def __init__(self, message: str, /, **fields: object) -> None:
         super().__init__(message)
         self.message = message
         self.fields = {key: str(value) for key, value in fields.items()}
@@ -57,7 +57,7 @@ class ExpertMeshError(Exception):
     @classmethod
     def reason(cls) -> str:
         """The class name as ErrorInfo spells it: QueueFull is QUEUE_FULL."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).upper()
+        return re.sub(r"(?<=.)(?=[A-Z])", "_", cls.__name__).upper()
 
     def to_status(self) -> status_pb2.Status:
         """This error as a google.rpc.Status with its details."""
@@ -196,6 +196,7 @@ _BY_CODE: dict[int, type[ExpertMeshError]] = {
     code_pb2.DEADLINE_EXCEEDED: DeadlineExceeded,
     code_pb2.UNAVAILABLE: Unavailable,
 }
+_OVERSIZE = "message larger than max"  # gRPC's own refusal has the code of a full queue
 
 
 def from_status(status: status_pb2.Status) -> ExpertMeshError:
@@ -204,4 +205,6 @@ def from_status(status: status_pb2.Status) -> ExpertMeshError:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _BY_REASON:
             return _BY_REASON[info.reason](status.message, **dict(info.metadata))
+    if _OVERSIZE in status.message and status.code == code_pb2.RESOURCE_EXHAUSTED:
+        return MessageTooLarge(status.message)
     return _BY_CODE.get(status.code, InternalError)(status.message)

@@ -57,14 +57,17 @@ def from_bytes(
     """A tensor over `data` without a copy; read-only, as it shares memory with a message.
 
     Raises:
-        InvalidInput: the length of `data` is not what dtype and shape say.
+        InvalidInput: the length of `data` is not what dtype and shape say, or no tensor has it.
     """
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(data) != expected_bytes:
         what = f"{expected_bytes} bytes for {dtype_name(dtype)}{list(shape)}"
         raise InvalidInput.of(field, expected=what, got=f"{len(data)} bytes")
     if not expected_bytes:
-        return torch.empty(tuple(shape), dtype=dtype)
+        try:
+            return torch.empty(tuple(shape), dtype=dtype)
+        except RuntimeError as error:  # next to the 0 another size overflows
+            raise InvalidInput.of(field, expected="a possible shape", got=list(shape)) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(data, dtype=dtype).view(tuple(shape))

@@ -99,5 +99,7 @@ def decode(message_type: type[M], data: bytes) -> tuple[M, memoryview]:
             f"{len(data)} bytes are not a {message_type.DESCRIPTOR.full_name}; "
             "the message was cut short or the peer speaks another protocol"
         ) from error
-    payload = next(value for field, value in message.ListFields() if field.number == PAYLOAD_FIELD)
-    return message, memoryview(payload)
+    field = message_type.DESCRIPTOR.fields_by_number[PAYLOAD_FIELD]
+    payload = memoryview(getattr(message, field.name))
+    message.ClearField(field.name)
+    return message, payload

@@ -40,25 +40,15 @@ class CoreCaller:
     ) -> torch.Tensor:
         """See `ExpertCaller.dispatch`."""
         assert self.core is not None
-        call = self._dispatch(self.core, layer, hidden_TD, experts_TK, weights_TK, combine)
+        # no inference_mode around it: that is the loop thread's state, not this call's, and calls
+        # overlap there
+        call = self.core.dispatch(
+            layer,
+            hidden_TD,
+            experts_TK,
+            weights_TK,
+            COMBINE_MODES[combine],
+            DEFAULT_TIMEOUT_S,
+            self.callers(),
+        )
         return asyncio.run_coroutine_threadsafe(call, self._loop).result()
-
-    async def _dispatch(
-        self,
-        core: RouterCore,
-        layer: int,
-        hidden_TD: torch.Tensor,
-        experts_TK: torch.Tensor,
-        weights_TK: torch.Tensor,
-        combine: int,
-    ) -> torch.Tensor:
-        with torch.inference_mode():
-            return await core.dispatch(
-                layer,
-                hidden_TD,
-                experts_TK,
-                weights_TK,
-                COMBINE_MODES[combine],
-                DEFAULT_TIMEOUT_S,
-                self.callers(),
-            )

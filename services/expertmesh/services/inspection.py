@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from expertmesh.experts.assignment import experts_by_layer, split_evenly
@@ -98,7 +99,7 @@ def render(found: ModelInspection) -> None:
         "router Forward": found.forward,
     }
     for name, value in facts.items():
-        console.print(f"[bold]{name:16}[/] {value}")
+        console.print(f"[bold]{name:16}[/] {escape(value)}")
     table = Table("group", "experts of every layer", "bytes of a replica")
     for index, (ids, size) in enumerate(found.groups.items()):
         table.add_row(f"g{index}", ids, format_bytes(size))

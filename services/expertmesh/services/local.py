@@ -18,7 +18,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expertmesh.runtime.child import dying_with_parent
-from expertmesh.runtime.determinism import deterministic_environment
 from expertmesh.runtime.errors import Unavailable
 from expertmesh.runtime.redis_server import EmbeddedRedis
 from expertmesh.services.preflight import check_before_start
@@ -77,10 +76,9 @@ async def local_mesh(
     async with AsyncExitStack() as stack:
         redis_url, described = await _redis(stack, settings)
         progress(f"redis: {described}")
-        environment = deterministic_environment(os.environ) if settings.deterministic else {}
-        router = stack.enter_context(_router_process(settings, redis_url, environment))
+        router = stack.enter_context(_router_process(settings, redis_url))
         ray = stack.enter_context(ExitStack())
-        await asyncio.to_thread(ray.enter_context, ray_cluster(environment))
+        await asyncio.to_thread(ray.enter_context, ray_cluster())
         progress("ray and ray serve are up")
         groups = group_args(settings, plan.model, redis_url, plan.num_experts)
         gateway = gateway_args(settings, plan.model, redis_url)
@@ -104,9 +102,7 @@ async def _redis(stack: AsyncExitStack, settings: MeshSettings) -> tuple[str, st
 
 
 @contextlib.contextmanager
-def _router_process(
-    settings: MeshSettings, redis_url: str, environment: dict[str, str]
-) -> Iterator["subprocess.Popen[bytes]"]:
+def _router_process(settings: MeshSettings, redis_url: str) -> Iterator["subprocess.Popen[bytes]"]:
     command = [sys.executable, "-m", "expertmesh.services.cli", "router"]
     with tempfile.TemporaryDirectory(prefix="expertmesh-") as folder:
         config = Path(folder) / "mesh.yaml"
@@ -114,7 +110,7 @@ def _router_process(
         config.write_text(json.dumps(resolved), encoding="utf-8")  # JSON is YAML
         clean = {k: v for k, v in os.environ.items() if not k.startswith("EXPERTMESH_")}
         process = subprocess.Popen(
-            dying_with_parent([*command, "--config", str(config)]), env={**clean, **environment}
+            dying_with_parent([*command, "--config", str(config)]), env=clean
         )
         try:
             yield process

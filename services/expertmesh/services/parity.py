@@ -27,7 +27,6 @@ from expertmesh.v1 import generate_pb2, generate_pb2_grpc
 
 NUM_NEW_TOKENS = 16
 PROMPT_LENGTHS = (17, 11, 14)
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> PaddedPrompts:
     return PaddedPrompts(tokens_BS, mask_BS)
 
 
-def random_prompts(vocab_size: int) -> PaddedPrompts:
-    """The same few random prompts every time."""
-    random = torch.Generator().manual_seed(_SEED)
+def random_prompts(vocab_size: int, seed: int = 0) -> PaddedPrompts:
+    """A few random prompts of different lengths, the same for the same seed."""
+    random = torch.Generator().manual_seed(seed)
     low = min(3, vocab_size - 1)  # ids below are usually special
     drawn = torch.randint(low, vocab_size, (sum(PROMPT_LENGTHS),), generator=random)
     prompts = [part.tolist() for part in torch.split(drawn, list(PROMPT_LENGTHS))]
@@ -92,10 +91,11 @@ def compare(
 
 
 def _difference(what: str, expected: torch.Tensor, got: torch.Tensor) -> Check:
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        forms = [f"{t.dtype}{list(t.shape)}" for t in (got, expected)]
+        return Check(what, False, f"{forms[0]} instead of {forms[1]}")
     if torch.equal(expected, got):
         return Check(what, True, f"{expected.numel()} values bit-equal")
-    if expected.shape != got.shape or expected.dtype != got.dtype:
-        return Check(what, False, f"{got.dtype}{list(got.shape)} instead of {expected.dtype}")
     away = (expected.double() - got.double()).abs()
     share = (away > 0).double().mean().item()
     return Check(what, False, f"{share:.1%} of values differ, by {away.max().item():.1e} at most")
@@ -122,8 +122,18 @@ def score(gateway: str, prompts: PaddedPrompts) -> torch.Tensor:
     return from_proto(reply.logits, "logits")
 
 
-def _generate(model: Any, prompts: PaddedPrompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """(new tokens [B, N], logits of each step [N, B, V]) of greedy generation."""
+@dataclass(frozen=True)
+class Greedy:
+    """What greedy generation gave."""
+
+    tokens_BN: torch.Tensor
+    """New tokens."""
+    logits_NBV: torch.Tensor
+    """Of each step."""
+
+
+def generate_greedy(model: Any, prompts: PaddedPrompts) -> Greedy:
+    """`NUM_NEW_TOKENS` tokens by transformers' own generate, past any end-of-sequence token."""
     out = model.generate(
         prompts.tokens_BS,
         attention_mask=prompts.mask_BS,
@@ -134,7 +144,7 @@ def _generate(model: Any, prompts: PaddedPrompts) -> tuple[torch.Tensor, torch.T
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return out.sequences[:, prompts.tokens_BS.shape[1] :], torch.stack(out.logits)
+    return Greedy(out.sequences[:, prompts.tokens_BS.shape[1] :], torch.stack(out.logits))
 
 
 def _generation_through_router(
@@ -142,11 +152,12 @@ def _generation_through_router(
 ) -> list[Check]:
     with RouterClient(router) as caller:
         skeleton = load_skeleton(settings.model, caller, dtype=reference.dtype)
-        expected, got = _generate(reference, prompts), _generate(skeleton, prompts)
-    size = list(expected[0].shape)
+        expected, got = generate_greedy(reference, prompts), generate_greedy(skeleton, prompts)
+    tokens = f"{list(expected.tokens_BN.shape)} greedy tokens, transformers over router"
+    steps = "logits of their steps, transformers over router"
     return [
-        _difference(f"{size} greedy tokens, transformers over router", expected[0], got[0]),
-        _difference("logits of their steps, transformers over router", expected[1], got[1]),
+        _difference(tokens, expected.tokens_BN, got.tokens_BN),
+        _difference(steps, expected.logits_NBV, got.logits_NBV),
     ]
 
 
@@ -155,7 +166,7 @@ def _tokens_of_gateway(reference: Any, gateway: str, prompts: PaddedPrompts) -> 
     with Client(gateway) as client:
         for prompt in prompts.rows():
             alone = pad_left([prompt], pad_id=0)
-            expected.append(_generate(reference, alone)[0][0])
+            expected.append(generate_greedy(reference, alone).tokens_BN[0])
             chunks = client.generate(prompt, max_new_tokens=NUM_NEW_TOKENS, ignore_eos=True)
             got.append(torch.tensor([token for chunk in chunks for token in chunk.tokens]))
     size = [len(expected), NUM_NEW_TOKENS]

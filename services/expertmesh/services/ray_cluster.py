@@ -32,13 +32,9 @@ class DeployFailed(ExpertMeshError):
 
 
 @contextmanager
-def ray_cluster(environment: Mapping[str, str], host: str = "127.0.0.1") -> Iterator[None]:
-    """A Ray cluster of one node with Serve running, for the length of the block.
-
-    Args:
-        environment: variables every process of the cluster starts with.
-    """
-    os.environ.update({**_QUIET, **environment, **os.environ})
+def ray_cluster(host: str = "127.0.0.1") -> Iterator[None]:
+    """A Ray cluster of one node with Serve running, for the length of the block."""
+    os.environ.update({**_QUIET, **os.environ})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray

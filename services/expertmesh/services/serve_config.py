@@ -8,6 +8,7 @@ from typing import Any
 
 from expertmesh.experts.assignment import split_evenly
 from expertmesh.experts.deployment import ExpertGroupArgs
+from expertmesh.runtime.config import Settings
 from expertmesh.services.gateway.deployment import GatewayArgs
 from expertmesh.services.settings import MeshSettings
 
@@ -76,25 +77,26 @@ def serve_config(
     """The document; applications not in it are deleted when it is deployed."""
     limits = settings.experts.limits.model_dump()
     applications = [
-        _application(
+        application(
             args.group,
             EXPERTS_IMPORT_PATH,
-            args.model_dump(mode="json"),
+            args,
             [{"name": args.group, "num_replicas": args.num_replicas, "user_config": limits}],
         )
         for args in groups
     ]
-    own = _application(GATEWAY_APP, GATEWAY_IMPORT_PATH, gateway.model_dump(mode="json"), [])
+    own = application(GATEWAY_APP, GATEWAY_IMPORT_PATH, gateway, [])
     return {"proxy_location": "Disabled", "applications": [*applications, own]}
 
 
-def _application(
-    name: str, import_path: str, args: dict[str, Any], deployments: list[dict[str, Any]]
+def application(
+    name: str, import_path: str, args: Settings, deployments: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    """One entry of a Serve config's `applications`."""
     return {
         "name": name,
         "route_prefix": None,
         "import_path": import_path,
-        "args": args,
+        "args": args.model_dump(mode="json"),
         "deployments": deployments,
     }

@@ -1,6 +1,6 @@
 """The configuration of a mesh: one YAML file, one schema, shared by every command."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -9,7 +9,7 @@ from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
 from expertmesh.runtime.config import Settings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Port = Field(ge=0, le=65535)
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class RedisSettings(Settings):
@@ -51,7 +51,7 @@ class RouterSettings(Settings):
 
     host: str = "127.0.0.1"
     """Address to listen on."""
-    port: int = Port
+    port: Port = 50051
     """Port to listen on; 0 takes a free one."""
     call_timeout_s: PositiveFloat = 30.0
     """Time a call may take if its caller gives no deadline."""
@@ -62,7 +62,7 @@ class GatewaySettings(Settings):
 
     host: str = "127.0.0.1"
     """Address to listen on."""
-    port: int = Port
+    port: Port = 50052
     """Port to listen on; 0 takes a free one."""
     engine: Literal["auto", "continuous", "exact"] = "auto"
     """"continuous" batches prompts; "exact" runs one at a time, as transformers' generate does;
@@ -104,5 +104,5 @@ class MeshSettings(Settings):
     """Level of all logs."""
     redis: RedisSettings = RedisSettings()
     experts: ExpertsSettings = ExpertsSettings()
-    router: RouterSettings = RouterSettings(port=50051)
-    gateway: GatewaySettings = GatewaySettings(port=50052)
+    router: RouterSettings = RouterSettings()
+    gateway: GatewaySettings = GatewaySettings()

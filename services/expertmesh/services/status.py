@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Self
 
 import grpc
+from rich.markup import escape
 from rich.table import Table
 
 from expertmesh.client.failures import error_of
@@ -63,7 +64,7 @@ def table(snapshot: control_pb2.GetSnapshotResponse) -> Table:
     columns = ("group", "replica", "state", "experts", "address", "weights", "device", "free")
     shown = Table(*columns, "busy", "queued rows", "us/row", "rows done", "heard", title=title)
     for view in snapshot.replicas:
-        shown.add_row(*_row(view))
+        shown.add_row(*map(escape, _row(view)))
     return shown
 
 

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from expertmesh.runtime.config import load
+from expertmesh.runtime.config import load, parse_value
 from expertmesh.runtime.errors import ConfigError
 from expertmesh.services.settings import MeshSettings
 
@@ -43,7 +41,7 @@ def settings_from(args: argparse.Namespace, **overrides: Any) -> MeshSettings:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigError(f"--set {assignment}: expected NAME=VALUE", field="--set")
-        values[name] = yaml.safe_load(text)
+        values[name] = parse_value(text, f"--set {name}")
     if args.config and not args.config.is_file():
         raise ConfigError(f"--config {args.config}: no such file", field="--config")
     return load(MeshSettings, args.config, env=os.environ, overrides=values)

@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import json
+from typing import get_args
 
 from expertmesh.services.commands.common import Subparsers
+from expertmesh.services.settings import Dtype
 
 
 def add(subparsers: Subparsers) -> None:
@@ -12,7 +14,12 @@ def add(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("inspect", help="describe a checkpoint without loading it")
     parser.add_argument("model_dir")
     parser.add_argument("--groups", type=int, default=4, help="expert groups to size")
-    parser.add_argument("--dtype", default="auto", help="dtype the experts would be held in")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=get_args(Dtype),
+        help="dtype the experts would be held in",
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.set_defaults(run=run)
 

@@ -16,17 +16,10 @@ def add(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 only if every comparison is equal."""
     import asyncio
-    import os
-    import sys
 
-    from expertmesh.runtime.determinism import deterministic_environment, is_deterministic
     from expertmesh.services.commands.common import progress_printer, settings_from
     from expertmesh.services.parity import run_parity
 
     free_ports = {"router.port": 0, "gateway.port": 0}
     settings = settings_from(args, model=args.model_dir, **free_ports)
-    if settings.deterministic and not is_deterministic(os.environ):
-        # the reference runs in this process, and MKL reads the variable when torch is loaded
-        environment = {**os.environ, **deterministic_environment(os.environ)}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     return asyncio.run(run_parity(settings, progress_printer()))

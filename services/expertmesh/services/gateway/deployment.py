@@ -3,11 +3,8 @@
 `import_path: expertmesh.services.gateway.deployment:build`, with `args` as in `GatewayArgs`.
 """
 
-import os
-
 from ray import serve
 
-from expertmesh.runtime.determinism import deterministic_environment
 from expertmesh.services.settings import Dtype, GatewaySettings
 
 
@@ -25,7 +22,7 @@ class GatewayArgs(GatewaySettings):
     dtype: Dtype
     """Compute dtype."""
     deterministic: bool
-    """Whether MKL_CBWR must be set."""
+    """Let "auto" take the exact engine, as batching prompts changes bits."""
     max_message_bytes: int
     """Largest gRPC message accepted or sent."""
     otlp_endpoint: str | None
@@ -56,15 +53,10 @@ class GatewayDeployment:
 
 def build(args: GatewayArgs) -> serve.Application:
     """The gateway's application: one deployment of one replica, as it listens on a fixed port."""
-    environment = deterministic_environment(os.environ) if args.deterministic else {}
     deployment = serve.deployment(
         name="gateway",
         num_replicas=1,
-        ray_actor_options={
-            "num_cpus": args.num_cpus,
-            "num_gpus": args.num_gpus,
-            **({"runtime_env": {"env_vars": environment}} if environment else {}),
-        },
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.1,

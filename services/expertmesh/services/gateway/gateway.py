@@ -27,7 +27,7 @@ from expertmesh.runtime.telemetry import Telemetry, configure
 from expertmesh.services.callers import CoreCaller
 from expertmesh.services.checkpoints import model_dtype
 from expertmesh.services.gateway.deployment import GatewayArgs
-from expertmesh.services.gateway.engine import Engine, choose_engine
+from expertmesh.services.gateway.engine import Engine, EngineKind, choose_engine
 from expertmesh.services.gateway.engine_config import EngineConfig
 from expertmesh.services.gateway.sampling import limits_of
 from expertmesh.services.gateway.servicer import SERVICE, GenerateServicer, ServedModel
@@ -74,7 +74,7 @@ class Gateway:
         scorer = share_skeleton(model)  # before the engine changes the model's attention
         core = await self._open_core(stack, model, telemetry)
         caller.core = core
-        engine = choose_engine(model, args.engine, _engine_config(args))
+        engine = choose_engine(model, _engine_kind(args), _engine_config(args))
         await engine.start()
         stack.push_async_callback(engine.close, _STOP_GRACE_S)
         self._engine = engine
@@ -133,6 +133,10 @@ def _load(args: GatewayArgs, caller: CoreCaller) -> Any:
 def experts_of(model: Any) -> dict[int, int]:
     """Number of routed experts of each layer whose experts are remote."""
     return {m.layer: m.num_experts for m in model.modules() if hasattr(m, "caller")}
+
+
+def _engine_kind(args: GatewayArgs) -> EngineKind:
+    return "exact" if args.deterministic and args.engine == "auto" else args.engine
 
 
 def _engine_config(args: GatewayArgs) -> EngineConfig:

@@ -1,0 +1,37 @@
+"""Both ends of a connection agree on sizes and keepalive."""
+
+from expertmesh.runtime.channels import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    Options,
+    channel_options,
+    server_options,
+)
+
+SIZES = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
+
+
+def as_dict(options: Options) -> dict[str, int]:
+    """The options by name, each once."""
+    found = dict(options)
+    assert len(found) == len(options), "an option given twice"
+    return found
+
+
+def test_both_ends_have_the_same_size_limit() -> None:
+    for options in (channel_options(12345), server_options(12345)):
+        assert [as_dict(options)[name] for name in SIZES] == [12345, 12345]
+    for options in (channel_options(), server_options()):
+        assert as_dict(options)[SIZES[0]] == DEFAULT_MAX_MESSAGE_BYTES == 256 << 20
+
+
+def test_servers_allow_the_pings_that_clients_send() -> None:
+    client, server = as_dict(channel_options()), as_dict(server_options())
+    least_ms = server["grpc.http2.min_ping_interval_without_data_ms"]
+    assert least_ms < client["grpc.keepalive_time_ms"], "else servers close idle connections"
+    assert client["grpc.keepalive_permit_without_calls"] == 1
+    assert server["grpc.keepalive_permit_without_calls"] == 1
+    assert client["grpc.keepalive_time_ms"] + client["grpc.keepalive_timeout_ms"] == 12_000
+
+
+def test_two_servers_never_share_a_port() -> None:
+    assert as_dict(server_options())["grpc.so_reuseport"] == 0
