@@ -89,7 +89,8 @@ class MicroBatcher:
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="expertmesh-compute")
+        # OpenMP's number of threads belongs to the thread; asking torch for it makes torch set it
+        self._thread = ThreadPoolExecutor(1, "expertmesh-compute", torch.get_num_threads)
         self._task: asyncio.Task[None] | None = None
         self._draining = False
         self.limits = limits

@@ -1,6 +1,6 @@
 """Clients of GenerateService. Import neither torch nor Ray nor Redis."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -169,7 +169,7 @@ class AsyncClient:
 
     async def generate(
         self, request: generate_pb2.GenerateRequest, timeout_s: float | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Tokens and text as they come, for a request made with `request_of`.
 
         Raises:

@@ -195,6 +195,7 @@ _BY_CODE: dict[int, type[ExpertMeshError]] = {
     code_pb2.FAILED_PRECONDITION: CheckpointError,
     code_pb2.DEADLINE_EXCEEDED: DeadlineExceeded,
     code_pb2.UNAVAILABLE: Unavailable,
+    code_pb2.CANCELLED: Unavailable,  # what a stopping server answers to a call just arrived
 }
 _OVERSIZE = "message larger than max"  # gRPC's own refusal has the code of a full queue
 

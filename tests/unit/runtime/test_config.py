@@ -83,14 +83,10 @@ def test_two_underscores_go_one_section_deeper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("null", None), ("redis://h:6379/0", "redis://h:6379/0"), ("[::1]:5", ["::1", 5])],
+    ("text", "value"), [("null", None), ("", None), ("redis://h:6379/0", "redis://h:6379/0")]
 )
-def test_a_variable_is_read_as_yaml(text: str, value: object) -> None:
-    if isinstance(value, list):
-        assert "not YAML" in failure(env={"EXPERTMESH_MODEL": "m", "EXPERTMESH_URL": text}).message
-    else:
-        assert load(Mesh, env={"EXPERTMESH_MODEL": "m", "EXPERTMESH_URL": text}).url == value
+def test_a_variable_is_read_as_yaml(text: str, value: str | None) -> None:
+    assert load(Mesh, env={"EXPERTMESH_MODEL": "m", "EXPERTMESH_URL": text}).url == value
 
 
 def test_a_whole_section_in_one_variable() -> None:

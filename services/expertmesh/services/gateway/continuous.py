@@ -20,6 +20,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 
 from expertmesh.runtime.errors import InsufficientMemory, InternalError
 from expertmesh.services.gateway.engine_config import EngineConfig
+from expertmesh.services.gateway.paged_attention import use_separate_attention
 from expertmesh.services.gateway.per_request import per_request_processors, sampling_kwargs
 from expertmesh.services.gateway.sampling import GenerationRequest
 from expertmesh.services.gateway.token_stream import Admission, TokenStream, typed_error
@@ -57,6 +58,7 @@ class ContinuousEngine:
     """
 
     def __init__(self, model: Any, config: EngineConfig) -> None:
+        use_separate_attention()
         self._config = config
         self._vocab_size = model.config.get_text_config().vocab_size
         self._admission = Admission(config.max_running + config.max_waiting)

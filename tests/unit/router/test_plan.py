@@ -1,0 +1,154 @@
+"""Which rows go where: every slot once, each expert's rows together, and in transformers' order."""
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertmesh.router.plan import Shipment, plan, slot_order, slots_by_expert
+from expertmesh.router.policy import pick_replica
+from expertmesh.router.snapshot import Key
+from expertmesh.runtime.errors import ExpertUnavailable
+
+LAYER = 4
+NUM_EXPERTS = 6
+REPLICAS = ["a", "b", "c"]
+
+# [T, K] expert ids, distinct within a token
+ROUTINGS = st.integers(1, 4).flatmap(
+    lambda top_k: st.lists(
+        st.permutations(range(NUM_EXPERTS)).map(lambda ids: ids[:top_k]), min_size=1, max_size=12
+    )
+)
+# expert -> its holders
+HOLDERS = st.fixed_dictionaries(
+    {
+        (LAYER, expert): st.lists(
+            st.sampled_from(REPLICAS), min_size=1, max_size=3, unique=True
+        ).map(tuple)
+        for expert in range(NUM_EXPERTS)
+    }
+)
+
+
+def first_of(able: Sequence[str], contacted: Mapping[str, object]) -> str:
+    """A policy without a will."""
+    return able[0]
+
+
+def shipments_for(
+    experts_S: Sequence[int], holders: Mapping[Key, tuple[str, ...]]
+) -> list[Shipment]:
+    """The plan of one call whose slots come in their own order."""
+    return plan(LAYER, slots_by_expert(experts_S, range(len(experts_S))), holders, first_of)
+
+
+def experts_of(shipment: Shipment) -> list[int]:
+    """The expert of each row of a shipment."""
+    pairs = zip(shipment.experts, shipment.rows_per_expert, strict=True)
+    return [expert for expert, num_rows in pairs for _ in range(num_rows)]
+
+
+@settings(deadline=None)
+@given(ROUTINGS, HOLDERS, st.sampled_from(["slot_sum", "eager"]), st.integers(0, 99))
+def test_every_slot_goes_once_to_a_holder_of_its_expert(
+    routing: list[list[int]], holders: dict[Key, tuple[str, ...]], mode: str, seed: int
+) -> None:
+    experts_TK = torch.tensor(routing)
+    experts_S = experts_TK.reshape(-1).tolist()
+    order = slot_order(experts_TK, mode)  # type: ignore[arg-type]
+    random = Random(seed)
+    shipments = plan(
+        LAYER,
+        slots_by_expert(experts_S, order),
+        holders,
+        lambda able, contacted: pick_replica(able, contacted, lambda name: 0, random),
+    )
+    sent = [slot for shipment in shipments for slot in shipment.slots_R]
+    assert sorted(sent) == list(range(len(experts_S)))
+    assert len({shipment.replica for shipment in shipments}) == len(shipments)
+    asked = [expert for shipment in shipments for expert in shipment.experts]
+    assert sorted(asked) == sorted(set(experts_S)), "all rows of an expert go to one replica"
+    for shipment in shipments:
+        assert shipment.experts == sorted(shipment.experts)
+        assert experts_of(shipment) == [experts_S[slot] for slot in shipment.slots_R]
+        for expert in shipment.experts:
+            assert shipment.replica in holders[LAYER, expert]
+
+
+def test_rows_of_one_replica_travel_together() -> None:
+    holders: dict[Key, tuple[str, ...]] = {
+        (LAYER, 0): ("a",),
+        (LAYER, 1): ("b",),
+        (LAYER, 2): ("a",),
+        (LAYER + 1, 0): ("z",),
+    }
+    assert shipments_for([2, 1, 0, 2], holders) == [
+        Shipment("a", [0, 2], [1, 2], [2, 0, 3]),
+        Shipment("b", [1], [1], [1]),
+    ]
+
+
+def test_the_policy_is_told_the_holders_and_who_is_contacted() -> None:
+    told: list[tuple[tuple[str, ...], set[str]]] = []
+
+    def choose(able: Sequence[str], contacted: Mapping[str, object]) -> str:
+        told.append((tuple(able), set(contacted)))
+        return able[-1]
+
+    holders: dict[Key, tuple[str, ...]] = {(LAYER, e): ("a", f"r{e}") for e in range(3)}
+    plan(LAYER, slots_by_expert([0, 1, 2], range(3)), holders, choose)
+    assert told == [
+        (("a", "r0"), set()),
+        (("a", "r1"), {"r0"}),
+        (("a", "r2"), {"r0", "r1"}),
+    ]
+
+
+def test_contacted_replicas_are_preferred() -> None:
+    holders: dict[Key, tuple[str, ...]] = {(LAYER, 0): ("b",)}
+    holders |= {(LAYER, e): ("a", "b", "c") for e in range(1, NUM_EXPERTS)}
+    for seed in range(20):
+        random = Random(seed)
+        shipments = plan(
+            LAYER,
+            slots_by_expert(list(range(NUM_EXPERTS)), range(NUM_EXPERTS)),
+            holders,
+            lambda able, contacted, r=random: pick_replica(able, contacted, lambda name: 0, r),  # type: ignore[misc]
+        )
+        assert [shipment.replica for shipment in shipments] == ["b"]
+
+
+@pytest.mark.parametrize("holders", [{}, {(LAYER, 3): ()}, {(LAYER + 1, 3): ("a",)}])
+def test_an_expert_nobody_holds_is_named(holders: dict[Key, tuple[str, ...]]) -> None:
+    with pytest.raises(ExpertUnavailable) as caught:
+        shipments_for([0, 3], {(LAYER, 0): ("a",)} | holders)
+    assert caught.value.message.startswith("layer 4, expert 3: no live replica holds it; ")
+    assert caught.value.fields == {"layer": "4", "expert": "3"}
+
+
+def test_slots_are_filed_by_ascending_expert_in_the_order_given() -> None:
+    found = slots_by_expert([3, 0, 3, 1], [3, 2, 1, 0])
+    assert list(found.items()) == [(0, [1]), (1, [3]), (3, [2, 0])]
+    assert slots_by_expert([3, 0, 3, 1], [2]) == {3: [2]}
+
+
+def test_the_eager_loop_goes_slot_by_slot() -> None:
+    experts_TK = torch.tensor([[5, 1], [1, 2], [5, 1]])
+    order = slot_order(experts_TK, "eager")
+    assert order == [0, 2, 4, 1, 3, 5]
+    slots = slots_by_expert(experts_TK.reshape(-1).tolist(), order)
+    assert slots == {1: [2, 1, 5], 2: [3], 5: [0, 4]}, "as torch.where over a [K, T] mask"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 400])
+def test_the_grouped_product_goes_by_transformers_own_sort(num_tokens: int) -> None:
+    random = torch.Generator().manual_seed(num_tokens)
+    experts_TK = torch.rand(num_tokens, 8, generator=random).topk(3).indices
+    order = slot_order(experts_TK, "slot_sum")
+    # transformers.integrations.moe.grouped_mm_experts_forward
+    assert order == torch.sort(experts_TK.reshape(-1)).indices.tolist()
+    assert sorted(order) == list(range(num_tokens * 3))
