@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import pytest
 import torch
 
 from expertmesh.client.failures import error_of
@@ -80,10 +81,8 @@ class ExpertCaller:
         self, request: expert_pb2.ComputeRequest, timeout_s: float = 10.0
     ) -> ExpertMeshError:
         """The error that a unary call is answered with."""
-        try:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
             await self.stub.Compute(request, timeout=timeout_s)
-        except grpc.aio.AioRpcError as failure:
-            error = error_of(failure)
-            assert failure.code() == error.code
-            return error
-        raise AssertionError("the call succeeded")
+        error = error_of(caught.value)
+        assert caught.value.code() == error.code
+        return error

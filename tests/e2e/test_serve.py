@@ -1,24 +1,18 @@
-"""`expertmesh serve` of the demo model, used by its clients as the README says, then stopped.
-
-One mesh of real processes serves all tests of this file; they ask it in every way at once.
-"""
+"""`expertmesh serve` of the demo model, used in every way README tells, then stopped."""
 
 import asyncio
-import os
-import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import psutil
 import pytest
+from tests.e2e.readme import ROOT, blocks, commands
+from tests.e2e.served import Served, environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertmesh.client import AsyncClient, Client, request_of
@@ -34,50 +28,10 @@ from expertmesh.v1 import control_pb2, generate_pb2
 
 MODEL = Path("examples/demo-moe")
 START_S = 180.0
-STOP_S = 60.0
 NUM_NEW = 16
 CLI = [sys.executable, "-m", "expertmesh.services.cli"]
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@dataclass(frozen=True)
-class Served:
-    """A running `expertmesh serve`."""
-
-    process: "subprocess.Popen[str]"
-    gateway: str
-    router: str
-
-
-def read_endpoints(process: "subprocess.Popen[str]") -> dict[str, str]:
-    """The table `serve` prints when everything is up."""
-    found: dict[str, str] = {}
-    assert process.stdout
-    while "redis" not in found:
-        line = process.stdout.readline()
-        assert line, f"serve ended with code {process.wait()}"
-        if match := re.match(r"(model|gateway|router|redis)\s+(\S+)", line):
-            found[match[1]] = match[2]
-    return found
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    ports = ["--set", "router.port=0", "--set", "gateway.port=0"]
-    process = subprocess.Popen(
-        [*CLI, "serve", str(MODEL), *ports], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        endpoints = read_endpoints(process)
-        yield Served(process, endpoints["gateway"], endpoints["router"])
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(STOP_S)
-        _, alive = psutil.wait_procs(children, timeout=STOP_S)
-        assert code == 0
-        assert not alive, f"left over: {[child.cmdline()[:3] for child in alive]}"
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +198,33 @@ def test_a_second_mesh_on_taken_ports_says_so(served: Served) -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "EXPERTMESH_LOG_LEVEL": "ERROR"},
     )  # fmt: skip
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+def test_readmes_commands_for_a_running_mesh(served: Served) -> None:
+    for line in commands():
+        if line.startswith(("expertmesh status", "expertmesh generate", "expertmesh inspect")):
+            done = run_shell(line)
+            assert done.stdout.strip(), line
+
+
+def test_readmes_programs(served: Served) -> None:
+    outputs = [run_shell(f"python - <<'END'\n{body}END\n").stdout for body in blocks("python")]
+    assert len(outputs) == 2
+    assert all(output.strip() for output in outputs)
+
+
+def run_shell(script: str) -> "subprocess.CompletedProcess[str]":
+    """As in a shell with the venv activated, in the checkout."""
+    done = subprocess.run(
+        ["bash", "-ec", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=environment(),
+    )
+    assert done.returncode == 0, f"{script}: {done.stderr[-2000:]}"
+    return done

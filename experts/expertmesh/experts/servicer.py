@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
 from opentelemetry.trace import SpanKind
 
 from expertmesh.experts.admission import Holding, admit
 from expertmesh.experts.batcher import Computed, MicroBatcher
 from expertmesh.runtime import wire
-from expertmesh.runtime.errors import DeadlineExceeded, ExpertMeshError
+from expertmesh.runtime.errors import DeadlineExceeded, ExpertMeshError, MalformedMessage
 from expertmesh.runtime.server import status_of
 from expertmesh.runtime.telemetry import Telemetry, inject
 from expertmesh.runtime.tensors import to_bytes
@@ -55,7 +54,7 @@ class ExpertServicer:
             "Describe": grpc.unary_unary_rpc_method_handler(
                 self.describe,
                 request_deserializer=expert_pb2.DescribeRequest.FromString,
-                response_serializer=Message.SerializeToString,
+                response_serializer=control_pb2.ReplicaState.SerializeToString,
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -73,11 +72,17 @@ class ExpertServicer:
     async def compute_stream(self, requests: Any, context: Any) -> None:
         """Requests as they come, each answered when its batch is done."""
         write_lock = asyncio.Lock()
+        broken: MalformedMessage | None = None
         async with asyncio.TaskGroup() as answers:
             while (data := await context.read()) is not grpc.aio.EOF:
-                # a message that cannot be parsed has no id to answer to: it ends the stream
-                header, payload = wire.decode(expert_pb2.ComputeRequest, data)
+                try:
+                    header, payload = wire.decode(expert_pb2.ComputeRequest, data)
+                except MalformedMessage as error:  # has no id to answer to: it ends the stream
+                    broken = error
+                    break
                 answers.create_task(self._answer_on(context, write_lock, header, payload))
+        if broken:  # what came before it has been answered
+            raise broken
 
     async def _answer_on(
         self,

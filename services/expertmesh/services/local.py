@@ -14,12 +14,9 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from expertmesh.runtime.child import dying_with_parent
-from expertmesh.runtime.errors import Unavailable
 from expertmesh.runtime.redis_server import EmbeddedRedis
+from expertmesh.services.health import wait_serving
 from expertmesh.services.preflight import check_before_start
 from expertmesh.services.ray_cluster import deploy, ray_cluster, wait_running
 from expertmesh.services.serve_config import GATEWAY_APP, gateway_args, group_args, serve_config
@@ -29,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 15.0
-_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -121,25 +117,3 @@ def _router_process(settings: MeshSettings, redis_url: str) -> Iterator["subproc
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-async def wait_serving(
-    address: str, timeout_s: float, process: "subprocess.Popen[bytes] | None" = None
-) -> None:
-    """Until the server's health check says SERVING.
-
-    Raises:
-        Unavailable: it does not within `timeout_s`, or `process` has ended.
-    """
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while asyncio.get_running_loop().time() < deadline_s:
-            if process is not None and process.poll() is not None:
-                raise Unavailable(f"the router process ended with code {process.returncode}")
-            with contextlib.suppress(grpc.RpcError):
-                reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
-                if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            await asyncio.sleep(_POLL_S)
-    raise Unavailable(f"{address} is not serving after {timeout_s:.0f} s", address=address)

@@ -1,6 +1,7 @@
 """`expertmesh status`: the mesh as a router or gateway sees it, live."""
 
 import argparse
+import asyncio
 import time
 
 from expertmesh.services.commands.common import DEFAULT_ROUTER, Subparsers
@@ -14,6 +15,9 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--target", default=DEFAULT_ROUTER, help="router or gateway, host:port")
     parser.add_argument("--once", action="store_true", help="print once and exit")
     parser.add_argument("--json", action="store_true", help="print once, machine-readable")
+    parser.add_argument(
+        "--wait", type=float, metavar="SECONDS", help="first wait until the target is serving"
+    )
     parser.set_defaults(run=run)
 
 
@@ -23,8 +27,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.live import Live
 
+    from expertmesh.services.health import wait_serving
     from expertmesh.services.status import MeshView, table
 
+    if args.wait:
+        asyncio.run(wait_serving(args.target, args.wait))
     with MeshView(args.target) as view:
         if args.json:
             print(MessageToJson(view.read(), preserving_proto_field_name=True))
