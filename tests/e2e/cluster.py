@@ -59,6 +59,8 @@ class Cluster:
     redis_url: str
     loop: LoopThread
     applications: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cores: dict[str, RouterCore] = field(default_factory=dict)
+    """Of the routers that run, by model."""
 
     @contextmanager
     def running(self, groups: list[ExpertGroupArgs]) -> Iterator[None]:
@@ -76,6 +78,11 @@ class Cluster:
                 del self.applications[name]
             self._deploy()
 
+    def change(self, changed: dict[str, Any]) -> None:
+        """Deploy everything again with one application changed."""
+        self.applications[changed["name"]] = changed
+        self._deploy()
+
     def _deploy(self) -> None:
         deploy({"proxy_location": "Disabled", "applications": [*self.applications.values()]})
 
@@ -84,8 +91,11 @@ class Cluster:
         """A RouterService of this process over real gRPC; yields its address."""
         stack = AsyncExitStack()
         try:
-            yield self.loop.run(_open_router(stack, self.redis_url, path, model))
+            core, address = self.loop.run(_open_router(stack, self.redis_url, path, model))
+            self.cores[model] = core
+            yield address
         finally:
+            self.cores.pop(model, None)
             self.loop.run(stack.aclose())
 
     def group_args(
@@ -110,7 +120,9 @@ class Cluster:
         ]
 
 
-async def _open_router(stack: AsyncExitStack, redis_url: str, path: Path, model: str) -> str:
+async def _open_router(
+    stack: AsyncExitStack, redis_url: str, path: Path, model: str
+) -> tuple[RouterCore, str]:
     config = load_config(path)
     served = ServedModel(model, Checkpoint.open(path), config, model_dtype("auto", config))
     telemetry = configure("router")
@@ -128,7 +140,7 @@ async def _open_router(stack: AsyncExitStack, redis_url: str, path: Path, model:
     port = await server.start("127.0.0.1")
     stack.push_async_callback(server.stop, 1.0)
     await core.wait_complete(COMPLETE_S)
-    return f"127.0.0.1:{port}"
+    return core, f"127.0.0.1:{port}"
 
 
 @contextmanager

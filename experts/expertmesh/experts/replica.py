@@ -151,6 +151,8 @@ class Replica:
             host=socket.gethostname(),
             deterministic=self._args.deterministic,
             version=version("expertmesh"),
+            max_batch_rows=self._batcher.limits.max_batch_rows,
+            max_queue_rows=self._batcher.limits.max_queue_rows,
         )
 
     def set_limits(self, values: Mapping[str, Any]) -> None:
@@ -160,6 +162,8 @@ class Replica:
             ConfigError: names the wrong field; the old limits stay.
         """
         self._batcher.limits = validate(BatchLimits, values)
+        if self._publisher:
+            self._publisher.announce()
 
     def autoscaling_stats(self) -> dict[str, float]:
         """Load for Serve's autoscaling policies."""

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x90\x01\n\x0b\x44\x65viceState\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\x18\n\x10utilisation_frac\x18\x07 \x01(\x02\"u\n\x0bReplicaLoad\x12\x13\n\x0bqueued_rows\x18\x01 \x01(\r\x12\x13\n\x0brow_time_us\x18\x02 \x01(\x02\x12\x15\n\rqueue_time_us\x18\x03 \x01(\x02\x12\x11\n\tdone_rows\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\"\xca\x03\n\x0cReplicaState\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12,\n\x06status\x18\x06 \x01(\x0e\x32\x1c.expertmesh.v1.ReplicaStatus\x12\r\n\x05model\x18\x07 \x01(\t\x12*\n\x05holds\x18\x08 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x13\n\x0bhidden_size\x18\n \x01(\r\x12*\n\x06\x64\x65vice\x18\x0b \x01(\x0b\x32\x1a.expertmesh.v1.DeviceState\x12(\n\x04load\x18\x0c \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoad\x12\x10\n\x08lease_ms\x18\r \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0e \x01(\x04\x12\x0b\n\x03pid\x18\x0f \x01(\r\x12\x0c\n\x04host\x18\x10 \x01(\t\x12\x15\n\rdeterministic\x18\x11 \x01(\x08\x12\x0f\n\x07version\x18\x12 \x01(\t\"\x14\n\x12GetSnapshotRequest\"t\n\x0bReplicaView\x12*\n\x05state\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.ReplicaState\x12\x0e\n\x06\x61ge_ms\x18\x02 \x01(\r\x12\x16\n\x0ein_flight_rows\x18\x03 \x01(\r\x12\x11\n\tset_aside\x18\x04 \x01(\t\"\x91\x01\n\x13GetSnapshotResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04mesh\x18\x02 \x01(\t\x12,\n\x08replicas\x18\x03 \x03(\x0b\x32\x1a.expertmesh.v1.ReplicaView\x12\x14\n\x0credis_age_ms\x18\x04 \x01(\r\x12\x17\n\x0fredis_connected\x18\x05 \x01(\x08\"\x17\n\x15GetExpertUsageRequest\")\n\nLayerUsage\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x03(\x04\"C\n\x16GetExpertUsageResponse\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.LayerUsage*f\n\rReplicaStatus\x12\x1e\n\x1aREPLICA_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_STATUS_READY\x10\x01\x12\x1b\n\x17REPLICA_STATUS_DRAINING\x10\x02\x32\xc5\x01\n\x0e\x43ontrolService\x12T\n\x0bGetSnapshot\x12!.expertmesh.v1.GetSnapshotRequest\x1a\".expertmesh.v1.GetSnapshotResponse\x12]\n\x0eGetExpertUsage\x12$.expertmesh.v1.GetExpertUsageRequest\x1a%.expertmesh.v1.GetExpertUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x90\x01\n\x0b\x44\x65viceState\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\x18\n\x10utilisation_frac\x18\x07 \x01(\x02\"u\n\x0bReplicaLoad\x12\x13\n\x0bqueued_rows\x18\x01 \x01(\r\x12\x13\n\x0brow_time_us\x18\x02 \x01(\x02\x12\x15\n\rqueue_time_us\x18\x03 \x01(\x02\x12\x11\n\tdone_rows\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\"\xfa\x03\n\x0cReplicaState\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12,\n\x06status\x18\x06 \x01(\x0e\x32\x1c.expertmesh.v1.ReplicaStatus\x12\r\n\x05model\x18\x07 \x01(\t\x12*\n\x05holds\x18\x08 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x13\n\x0bhidden_size\x18\n \x01(\r\x12*\n\x06\x64\x65vice\x18\x0b \x01(\x0b\x32\x1a.expertmesh.v1.DeviceState\x12(\n\x04load\x18\x0c \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoad\x12\x10\n\x08lease_ms\x18\r \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0e \x01(\x04\x12\x0b\n\x03pid\x18\x0f \x01(\r\x12\x0c\n\x04host\x18\x10 \x01(\t\x12\x15\n\rdeterministic\x18\x11 \x01(\x08\x12\x0f\n\x07version\x18\x12 \x01(\t\x12\x16\n\x0emax_batch_rows\x18\x13 \x01(\r\x12\x16\n\x0emax_queue_rows\x18\x14 \x01(\r\"\x14\n\x12GetSnapshotRequest\"t\n\x0bReplicaView\x12*\n\x05state\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.ReplicaState\x12\x0e\n\x06\x61ge_ms\x18\x02 \x01(\r\x12\x16\n\x0ein_flight_rows\x18\x03 \x01(\r\x12\x11\n\tset_aside\x18\x04 \x01(\t\"\x91\x01\n\x13GetSnapshotResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04mesh\x18\x02 \x01(\t\x12,\n\x08replicas\x18\x03 \x03(\x0b\x32\x1a.expertmesh.v1.ReplicaView\x12\x14\n\x0credis_age_ms\x18\x04 \x01(\r\x12\x17\n\x0fredis_connected\x18\x05 \x01(\x08\"\x17\n\x15GetExpertUsageRequest\")\n\nLayerUsage\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x03(\x04\"C\n\x16GetExpertUsageResponse\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.LayerUsage*f\n\rReplicaStatus\x12\x1e\n\x1aREPLICA_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_STATUS_READY\x10\x01\x12\x1b\n\x17REPLICA_STATUS_DRAINING\x10\x02\x32\xc5\x01\n\x0e\x43ontrolService\x12T\n\x0bGetSnapshot\x12!.expertmesh.v1.GetSnapshotRequest\x1a\".expertmesh.v1.GetSnapshotResponse\x12]\n\x0eGetExpertUsage\x12$.expertmesh.v1.GetExpertUsageRequest\x1a%.expertmesh.v1.GetExpertUsageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATUS']._serialized_start=1274
-  _globals['_REPLICASTATUS']._serialized_end=1376
+  _globals['_REPLICASTATUS']._serialized_start=1322
+  _globals['_REPLICASTATUS']._serialized_end=1424
   _globals['_LAYEREXPERTS']._serialized_start=74
   _globals['_LAYEREXPERTS']._serialized_end=120
   _globals['_DEVICESTATE']._serialized_start=123
@@ -41,19 +41,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPLICALOAD']._serialized_start=269
   _globals['_REPLICALOAD']._serialized_end=386
   _globals['_REPLICASTATE']._serialized_start=389
-  _globals['_REPLICASTATE']._serialized_end=847
-  _globals['_GETSNAPSHOTREQUEST']._serialized_start=849
-  _globals['_GETSNAPSHOTREQUEST']._serialized_end=869
-  _globals['_REPLICAVIEW']._serialized_start=871
-  _globals['_REPLICAVIEW']._serialized_end=987
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=990
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1135
-  _globals['_GETEXPERTUSAGEREQUEST']._serialized_start=1137
-  _globals['_GETEXPERTUSAGEREQUEST']._serialized_end=1160
-  _globals['_LAYERUSAGE']._serialized_start=1162
-  _globals['_LAYERUSAGE']._serialized_end=1203
-  _globals['_GETEXPERTUSAGERESPONSE']._serialized_start=1205
-  _globals['_GETEXPERTUSAGERESPONSE']._serialized_end=1272
-  _globals['_CONTROLSERVICE']._serialized_start=1379
-  _globals['_CONTROLSERVICE']._serialized_end=1576
+  _globals['_REPLICASTATE']._serialized_end=895
+  _globals['_GETSNAPSHOTREQUEST']._serialized_start=897
+  _globals['_GETSNAPSHOTREQUEST']._serialized_end=917
+  _globals['_REPLICAVIEW']._serialized_start=919
+  _globals['_REPLICAVIEW']._serialized_end=1035
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1038
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1183
+  _globals['_GETEXPERTUSAGEREQUEST']._serialized_start=1185
+  _globals['_GETEXPERTUSAGEREQUEST']._serialized_end=1208
+  _globals['_LAYERUSAGE']._serialized_start=1210
+  _globals['_LAYERUSAGE']._serialized_end=1251
+  _globals['_GETEXPERTUSAGERESPONSE']._serialized_start=1253
+  _globals['_GETEXPERTUSAGERESPONSE']._serialized_end=1320
+  _globals['_CONTROLSERVICE']._serialized_start=1427
+  _globals['_CONTROLSERVICE']._serialized_end=1624
 # @@protoc_insertion_point(module_scope)

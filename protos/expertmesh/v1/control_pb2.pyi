@@ -180,6 +180,8 @@ class ReplicaState(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    MAX_QUEUE_ROWS_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """Expert group, the unit of deployment, for example "g0"."""
     replica: _builtins.str
@@ -210,6 +212,10 @@ class ReplicaState(_message.Message):
     """Whether every caller gets the bits it would get alone, whatever else is batched."""
     version: _builtins.str
     """Version of expertmesh it runs."""
+    max_batch_rows: _builtins.int
+    """Rows in one of its batches at most."""
+    max_queue_rows: _builtins.int
+    """Rows it admits before it refuses more."""
     @_builtins.property
     def holds(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]:
         """Which experts it can compute."""
@@ -243,10 +249,12 @@ class ReplicaState(_message.Message):
         host: _builtins.str = ...,
         deterministic: _builtins.bool = ...,
         version: _builtins.str = ...,
+        max_batch_rows: _builtins.int = ...,
+        max_queue_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "deterministic", b"deterministic", "device", b"device", "dtype", b"dtype", "group", b"group", "hidden_size", b"hidden_size", "holds", b"holds", "host", b"host", "incarnation", b"incarnation", "lease_ms", b"lease_ms", "load", b"load", "model", b"model", "pid", b"pid", "replica", b"replica", "sequence", b"sequence", "status", b"status", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "deterministic", b"deterministic", "device", b"device", "dtype", b"dtype", "group", b"group", "hidden_size", b"hidden_size", "holds", b"holds", "host", b"host", "incarnation", b"incarnation", "lease_ms", b"lease_ms", "load", b"load", "max_batch_rows", b"max_batch_rows", "max_queue_rows", b"max_queue_rows", "model", b"model", "pid", b"pid", "replica", b"replica", "sequence", b"sequence", "status", b"status", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

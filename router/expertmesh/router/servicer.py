@@ -62,7 +62,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 request.layer,
                 hidden_TD,
                 from_proto(request.experts, "experts"),
-                from_proto(request.weights, "weights"),
+                self._weights(request.weights),
                 self._mode(request.layer, request.combine),
                 self._timeout_s(context),
             )
@@ -148,8 +148,19 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             check_finite(hidden_TD, "hidden")
         return hidden_TD
 
+    def _weights(self, message: Any) -> torch.Tensor:
+        weights_TK = from_proto(message, "weights")
+        if self._reject_nonfinite:
+            check_finite(weights_TK, "weights")
+        return weights_TK
+
     def _mode(self, layer: int, combine: int) -> CombineMode:
-        return COMBINE_MODES.get(combine) or self._model.combine_mode(layer)
+        if combine == router_pb2.COMBINE_UNSPECIFIED:
+            return self._model.combine_mode(layer)
+        if combine not in COMBINE_MODES:
+            known = ", ".join(router_pb2.Combine.keys())
+            raise InvalidInput.of("combine", expected=f"one of {known}", got=combine)
+        return COMBINE_MODES[combine]
 
     def _timeout_s(self, context: Any) -> float:
         remaining_s: float | None = context.time_remaining()

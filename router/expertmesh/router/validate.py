@@ -54,7 +54,8 @@ def check_hidden(layer: int, hidden_TD: torch.Tensor, num_experts: Mapping[int, 
 
 def check_finite(tensor: torch.Tensor, field: str) -> None:
     """Raises NonFiniteInput naming the first row with NaN or infinity."""
-    bad_T = ~torch.isfinite(tensor).all(-1)
+    rows = torch.atleast_2d(tensor).flatten(1)  # its shape may not have been checked yet
+    bad_T = ~torch.isfinite(rows).all(-1)
     if bool(bad_T.any()):
         row = int(bad_T.nonzero()[0])
         raise NonFiniteInput(f"{field}: row {row} holds NaN or infinity", field=field, row=row)

@@ -22,13 +22,17 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=BaseModel)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}", file=path) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or 2024-13-45
-        raise ConfigError(f"{path}: not YAML: {error}", file=path) from error
+        raise ConfigError(f"{path}: not YAML: {_one_line(error)}", file=path) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -41,7 +45,8 @@ def parse_value(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 is no date
-        raise ConfigError(f"{source}: {text!r} is not YAML: {error}", source=source) from error
+        message = f"{source}: {text!r} is not YAML: {_one_line(error)}"
+        raise ConfigError(message, source=source) from error
 
 
 def _place(values: dict[str, Any], field: str, value: Any, source: str) -> None:

@@ -66,7 +66,7 @@ def test_a_family_without_routing_spec_says_why_and_is_still_described(tmp_path:
     model = ServedModel("tiny", Checkpoint.open(path), config, torch.float32)
     info = model.info()
     assert "carries state from layer to layer" in info.forward_unavailable
-    assert (info.layers, info.num_experts, info.top_k) == ([0, 1], 8, 0)
+    assert (list(info.layers), info.num_experts, info.top_k) == ([0, 1], 8, 0)
     assert model.combine_mode(0) == "slot_sum"
     with pytest.raises(UnsupportedCheckpoint, match="zaya"):
         model.gate(0)

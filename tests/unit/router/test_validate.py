@@ -47,7 +47,9 @@ def test_good_calls_pass(changes: dict[str, Any]) -> None:
     check_routing(**call(**changes))
 
 
-WRONG_HIDDEN = [
+Wrong = tuple[dict[str, Any], type[ExpertMeshError], str]
+
+WRONG_HIDDEN: list[Wrong] = [
     ({"layer": 2}, UnknownExpert, "layer 2: the model's MoE layers are 1, 3"),
     (
         {"hidden_TD": torch.zeros(0, 4)},
@@ -62,7 +64,7 @@ WRONG_HIDDEN = [
         "hidden.dtype: expected a floating-point dtype, got int64.",
     ),
 ]
-WRONG_ROUTING = [
+WRONG_ROUTING: list[Wrong] = [
     (
         {"experts_TK": torch.zeros(2, 2).long()},
         InvalidInput,

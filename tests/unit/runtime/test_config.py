@@ -103,7 +103,7 @@ def test_an_empty_file_is_no_configuration(tmp_path: Path) -> None:
 def test_what_is_loaded_cannot_be_changed() -> None:
     settings = load(Mesh, env={}, overrides={"model": "m"})
     with pytest.raises(ValidationError, match="frozen"):
-        settings.experts.groups = 5  # type: ignore[misc]
+        settings.experts.groups = 5
 
 
 def test_a_typo_in_the_file_is_named_with_the_file(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_fields_below_a_field_that_has_none() -> None:
 def test_a_variable_that_is_not_yaml_is_named(text: str) -> None:
     error = failure(env={"EXPERTMESH_NAME": text})
     assert error.message.startswith(f"EXPERTMESH_NAME: {text!r} is not YAML: ")
-    with pytest.raises(ConfigError, match="--set name: .* is not YAML"):
+    with pytest.raises(ConfigError, match=r"--set name: .* is not YAML"):
         parse_value(text, "--set name")
 
 

@@ -65,7 +65,7 @@ def test_this_machines_memory_does_not_bound_gpus(mixtral: Path, elsewhere: dict
 
 
 def test_a_directory_without_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(NotACheckpoint, match="config.json"):
+    with pytest.raises(NotACheckpoint, match=r"config.json"):
         check_before_start(settings_of(tmp_path))
     with pytest.raises(NotACheckpoint, match="nowhere"):
         check_before_start(settings_of(tmp_path / "nowhere"))

@@ -30,7 +30,7 @@ def test_a_model_is_enough() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("ROUTER__CALL_TIMEOUT_S", "3"),
+        ("ROUTER__CALL_TIMEOUT_S", "3.5"),
         ("GATEWAY__ENGINE", "exact"),
         ("REDIS__URL", "redis://h:6379/0"),
         ("EXPERTS__LIMITS__MAX_WAIT_S", "0.001"),
