@@ -9,8 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import torch
 
@@ -27,6 +27,7 @@ from expertmesh.runtime.telemetry import configure
 
 NUM_ROUNDS = 30
 NUM_CALLS = 50
+NUM_STEPS = 100_000
 _SINK = """
 import grpc
 from concurrent.futures import ThreadPoolExecutor
@@ -80,14 +81,10 @@ async def measure(core: RouterCore, hidden_TD: torch.Tensor, num_calls: int) -> 
     return (time.perf_counter() - started_s) / num_calls * 1e6
 
 
-async def main(model_dir: str) -> None:
+async def compare(model_dir: str, endpoint: str) -> None:
     """Alternate both, so that a busy machine slows both alike; print the medians."""
-    sink = subprocess.Popen([sys.executable, "-c", _SINK], stdout=subprocess.PIPE, text=True)
-    assert sink.stdout
-    endpoint = f"127.0.0.1:{int(sink.stdout.readline())}"
     times_us: dict[str, list[float]] = {"off": [], "on": []}
     async with AsyncExitStack() as stack:
-        stack.callback(sink.kill)
         redis = await stack.enter_async_context(EmbeddedRedis())
         off = await open_core(stack, model_dir, redis.url, None)
         on = await open_core(stack, model_dir, redis.url, endpoint)
@@ -96,15 +93,33 @@ async def main(model_dir: str) -> None:
             times_us["on"].append(await measure(*on, NUM_CALLS))
     for name, values in times_us.items():
         sys.stdout.write(f"telemetry {name}: {statistics.median(values):.0f} us per call\n")
+
+
+def measure_silent() -> None:
+    """Print what one span and one count cost where nothing is exported."""
     silent = configure("router")
-    started_s = time.perf_counter()
-    for _ in range(100_000):
+
+    def span() -> None:
         with silent.span("router.dispatch"):
             pass
-    span_ns = (time.perf_counter() - started_s) * 1e4
-    sys.stdout.write(f"one span while off: {span_ns:.0f} ns\n")
+
+    for name, step in (("span", span), ("count", lambda: silent.metrics.tokens.add(1, "router"))):
+        took_s = min(timeit.repeat(step, number=NUM_STEPS, repeat=5))
+        sys.stdout.write(f"one {name} while off: {took_s / NUM_STEPS * 1e6:.2f} us\n")
+
+
+def main() -> None:
+    """Start the collector, then measure."""
+    torch.set_num_threads(1)
+    measure_silent()
+    sink = subprocess.Popen([sys.executable, "-c", _SINK], stdout=subprocess.PIPE, text=True)
+    try:
+        assert sink.stdout
+        asyncio.run(compare(sys.argv[1], f"127.0.0.1:{int(sink.stdout.readline())}"))
+    finally:
+        sink.kill()
+        sink.wait()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    asyncio.run(main(str(Path(sys.argv[1]))))
+    main()

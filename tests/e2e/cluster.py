@@ -71,7 +71,7 @@ class Cluster:
         }
         self._deploy()
         try:
-            wait_running(names, START_TIMEOUT_S, lambda text: None)
+            asyncio.run(wait_running(names, START_TIMEOUT_S, lambda text: None))
             yield
         finally:
             for name in names:

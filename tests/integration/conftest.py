@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def _logging_restored() -> Iterator[None]:
+def restored_logging() -> Iterator[None]:
     """Replicas set up the log of their process, which here is the test's."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -58,7 +58,7 @@ def _logging_restored() -> Iterator[None]:
 
 
 @pytest.fixture
-async def mesh(redis_url: str, one_thread: None, _logging_restored: None) -> AsyncIterator[Mesh]:
+async def mesh(redis_url: str, one_thread: None, restored_logging: None) -> AsyncIterator[Mesh]:
     """An empty mesh."""
     async with Mesh(redis_url, f"test-{next(_numbers)}") as empty:
         yield empty

@@ -177,6 +177,26 @@ async def test_health_runs_a_real_row(mesh: Mesh, checkpoint: MakeCheckpoint) ->
         await replica.check_health()
 
 
+async def test_a_health_check_changes_nobodys_bits(mesh: Mesh, checkpoint: MakeCheckpoint) -> None:
+    replica = await mesh.replica(checkpoint("mixtral"))
+    first_expert = pack(random_rows(1), torch.zeros(1).long(), id=1)  # the one it tries
+    async with ExpertCaller(replica.address) as caller:
+        alone = (await caller.ask(first_expert.request)).rows
+        with stalled(replica) as stall:
+            await caller.stream.write(random_request(0, 5, layer=1, id=2).request)
+            await until(lambda: stall.num_batches == 1)
+            checks = [asyncio.create_task(replica.check_health())]
+            await caller.stream.write(first_expert.request)
+            await until(lambda: replica.load().queued_rows == 7)
+            checks.append(asyncio.create_task(replica.check_health()))
+            await until(lambda: replica.load().queued_rows == 8)
+            stall.release()
+            await asyncio.gather(*checks)
+            answers = {answer.id: answer for answer in [await caller.stream.read() for _ in "12"]}
+        assert answers[1].rows == alone
+        assert stall.num_batches == 4
+
+
 async def test_a_device_that_fails_is_not_healthy(mesh: Mesh, checkpoint: MakeCheckpoint) -> None:
     replica = await mesh.replica(checkpoint("mixtral"))
 

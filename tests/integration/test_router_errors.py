@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from tests.mesh import MakeCheckpoint, Mesh
 from tests.reference_experts import other_checkpoint
@@ -207,6 +208,22 @@ async def test_a_message_above_the_limit(mesh: Mesh, checkpoint: MakeCheckpoint)
         assert type(error) is MessageTooLarge
         assert error.fields["max_message_bytes"] == str(limit)
         await caller.dispatch(0, fits, Routed(both.experts_TK[:, :1], both.weights_TK[:, :1]))
+
+
+async def test_what_may_be_asked_may_be_answered(mesh: Mesh, checkpoint: MakeCheckpoint) -> None:
+    """The answer to the longest request allowed is some bytes longer."""
+    path = checkpoint("mixtral")
+    num_rows = 16
+    header_bytes = 25  # of the request to the replica
+    limit = num_rows * HIDDEN_SIZE * 4 + header_bytes
+    await mesh.replica(path, max_message_bytes=limit)
+    router = await mesh.router(path, max_message_bytes=limit)
+    narrower = await mesh.router(path, max_message_bytes=limit - 1)
+    hidden_TD = random_hidden(num_rows)
+    experts_T1, weights_T1 = torch.zeros(num_rows, 1).long(), torch.ones(num_rows, 1)
+    await router.core.dispatch(0, hidden_TD, experts_T1, weights_T1, "slot_sum")
+    with pytest.raises(MessageTooLarge):
+        await narrower.core.dispatch(0, hidden_TD, experts_T1, weights_T1, "slot_sum")
 
 
 async def test_forward_of_a_family_that_needs_its_own_router_code(

@@ -5,66 +5,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent import futures
 from typing import Any
 
-import grpc
 import pytest
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics_pb
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as metrics_rpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_pb
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as trace_rpc
-from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
+from tests.collector import Collector, collecting
 
 from expertmesh.runtime.telemetry import configure, inject
 
 
-class Collector:
-    """Keeps what arrives over OTLP."""
-
-    def __init__(self) -> None:
-        self.spans: dict[str, Span] = {}
-        self.service_of: dict[str, str] = {}
-        self.metrics: dict[str, Any] = {}
-
-
-class TraceService(trace_rpc.TraceServiceServicer):
-    def __init__(self, collector: Collector) -> None:
-        self._collector = collector
-
-    def Export(self, request: Any, context: Any) -> Any:
-        for resource in request.resource_spans:
-            attributes = {a.key: a.value.string_value for a in resource.resource.attributes}
-            for scope in resource.scope_spans:
-                for span in scope.spans:
-                    self._collector.spans[span.name] = span
-                    self._collector.service_of[span.name] = attributes["service.name"]
-        return trace_pb.ExportTraceServiceResponse()
-
-
-class MetricsService(metrics_rpc.MetricsServiceServicer):
-    def __init__(self, collector: Collector) -> None:
-        self._collector = collector
-
-    def Export(self, request: Any, context: Any) -> Any:
-        for resource in request.resource_metrics:
-            for scope in resource.scope_metrics:
-                self._collector.metrics |= {metric.name: metric for metric in scope.metrics}
-        return metrics_pb.ExportMetricsServiceResponse()
-
-
 @pytest.fixture
 def collector() -> Iterator[tuple[Collector, str]]:
-    received = Collector()
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    add_trace: Any = trace_rpc.add_TraceServiceServicer_to_server
-    add_trace(TraceService(received), server)
-    add_metrics: Any = metrics_rpc.add_MetricsServiceServicer_to_server
-    add_metrics(MetricsService(received), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield received, f"http://127.0.0.1:{port}"
-    server.stop(None)
+    with collecting() as running:
+        yield running
 
 
 # The callee: gets the caller's traceparent as a servicer would from a message, computes a batch.

@@ -58,6 +58,7 @@ class _Work:
     rows: PackedRows
     arrived_s: float
     deadline_s: float | None
+    alone: bool
     answer: asyncio.Future[Computed] = field(default_factory=asyncio.Future)
 
 
@@ -114,8 +115,13 @@ class MicroBatcher:
         self._queue.clear()
         self._thread.shutdown(wait=False)
 
-    async def submit(self, rows: PackedRows, timeout_s: float | None = None) -> Computed:
+    async def submit(
+        self, rows: PackedRows, timeout_s: float | None = None, *, alone: bool = False
+    ) -> Computed:
         """Queue the rows and wait for their outputs.
+
+        Args:
+            alone: never share a batch.
 
         Raises:
             QueueFull: `max_queue_rows` would be exceeded; nothing was queued.
@@ -124,7 +130,7 @@ class MicroBatcher:
         """
         self._admit(rows)
         now_s = self._clock()
-        work = _Work(rows, now_s, None if timeout_s is None else now_s + timeout_s)
+        work = _Work(rows, now_s, None if timeout_s is None else now_s + timeout_s, alone)
         self.stats.queued_rows += rows.num_rows
         self._idle.clear()
         self._queue.append(work)
@@ -182,7 +188,7 @@ class MicroBatcher:
 
     def _take(self) -> list[_Work]:
         """Remove and return the next batch: the oldest request and later ones of its layer."""
-        layer = self._queue[0].rows.layer
+        layer = -1
         batch: list[_Work] = []
         rest: deque[_Work] = deque()
         num_rows = 0
@@ -192,9 +198,12 @@ class MicroBatcher:
                 continue
             if work.deadline_s is not None and now_s > work.deadline_s:
                 self._fail(work, DeadlineExceeded("the deadline passed while the rows were queued"))
-            elif work.rows.layer == layer and (
-                not batch or num_rows + work.rows.num_rows <= self.limits.max_batch_rows
+            elif not batch or (
+                work.rows.layer == layer
+                and not (work.alone or batch[0].alone)
+                and num_rows + work.rows.num_rows <= self.limits.max_batch_rows
             ):
+                layer = work.rows.layer
                 batch.append(work)
                 num_rows += work.rows.num_rows
             else:

@@ -184,7 +184,10 @@ class Replica:
         layer, experts = next(iter(sorted(self._loaded.experts.items())))
         rows_RD = torch.zeros(1, self._loaded.hidden_size, dtype=self._loaded.dtype)
         try:
-            done = await self._batcher.submit(PackedRows(layer, experts[:1], (1,), rows_RD))
+            # alone: sharing a product with a caller's rows would change the caller's bits
+            done = await self._batcher.submit(
+                PackedRows(layer, experts[:1], (1,), rows_RD), alone=True
+            )
         except ExpertMeshError as error:
             if error.retryable:  # full or draining: busy, not sick
                 return

@@ -1,6 +1,7 @@
 """ExpertService: decode, admit, batch, encode. Bytes in, bytes out; protobuf sees only headers."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from expertmesh.runtime.server import status_of
 from expertmesh.runtime.telemetry import Telemetry, inject
 from expertmesh.runtime.tensors import to_bytes
 from expertmesh.v1 import control_pb2, expert_pb2
+
+logger = logging.getLogger(__name__)
 
 STAGE = "expert"
 SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
@@ -73,14 +76,17 @@ class ExpertServicer:
         """Requests as they come, each answered when its batch is done."""
         write_lock = asyncio.Lock()
         broken: MalformedMessage | None = None
-        async with asyncio.TaskGroup() as answers:
-            while (data := await context.read()) is not grpc.aio.EOF:
-                try:
-                    header, payload = wire.decode(expert_pb2.ComputeRequest, data)
-                except MalformedMessage as error:  # has no id to answer to: it ends the stream
-                    broken = error
-                    break
-                answers.create_task(self._answer_on(context, write_lock, header, payload))
+        try:
+            async with asyncio.TaskGroup() as answers:
+                while (data := await context.read()) is not grpc.aio.EOF:
+                    try:
+                        header, payload = wire.decode(expert_pb2.ComputeRequest, data)
+                    except MalformedMessage as error:  # has no id to answer to: it ends the stream
+                        broken = error
+                        break
+                    answers.create_task(self._answer_on(context, write_lock, header, payload))
+        except* grpc.aio.BaseError as gone:
+            logger.debug("a caller left before its answers: %s", gone.exceptions[0])
         if broken:  # what came before it has been answered
             raise broken
 
@@ -127,12 +133,16 @@ class ExpertServicer:
         self, header: expert_pb2.ComputeRequest, payload: memoryview, timeout_s: float | None
     ) -> Computed:
         rows = admit(header, payload, self._holding)
+        in_flight = self._metrics.in_flight_rows
+        in_flight.add(rows.num_rows, STAGE, self._group)
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._batcher.submit(rows, timeout_s)
         except TimeoutError as error:
             message = f"layer {header.layer}: not computed within {timeout_s:.3f} s"
             raise DeadlineExceeded(message, layer=header.layer) from error
+        finally:
+            in_flight.add(-rows.num_rows, STAGE, self._group)
 
     def _record_stages(self, done: Computed) -> None:
         """The queue and the batch as spans of the caller's own trace."""

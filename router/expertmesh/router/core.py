@@ -11,32 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 import torch
-from opentelemetry.trace import SpanKind
 
 from expertmesh.router.combine import CombineMode, combine
 from expertmesh.router.plan import Shipment, plan, slot_order, slots_by_expert
 from expertmesh.router.policy import pick_replica
+from expertmesh.router.shipping import STAGE, Shipper
 from expertmesh.router.snapshot import Key, Replica, Snapshot
-from expertmesh.router.streams import Answer, ReplicaStream
 from expertmesh.router.usage import ExpertUsage
 from expertmesh.router.validate import check_routing
 from expertmesh.runtime.errors import (
-    DeadlineExceeded,
     Draining,
     ExpertMeshError,
     ExpertUnavailable,
-    InternalError,
     QueueFull,
     StreamClosed,
 )
-from expertmesh.runtime.telemetry import Telemetry, inject
-from expertmesh.runtime.tensors import from_bytes, to_bytes, wire_dtype
-from expertmesh.v1 import control_pb2, expert_pb2
+from expertmesh.runtime.telemetry import Telemetry
+from expertmesh.v1 import control_pb2
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 30.0
-STAGE = "router"
 
 
 class RouterCore:
@@ -65,11 +60,9 @@ class RouterCore:
         self.usage = ExpertUsage(num_experts)
         self._telemetry = telemetry
         self._metrics = telemetry.metrics
-        self._max_message_bytes = max_message_bytes
         self._clock = clock
         self._random = random or Random()
-        self._streams: dict[tuple[str, int], ReplicaStream] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._shipper = Shipper(model, telemetry, max_message_bytes, clock)
         self._changed = asyncio.Event()
 
     # -- what the mesh watcher tells -------------------------------------------------------------
@@ -78,25 +71,20 @@ class RouterCore:
         """A heartbeat arrived."""
         if state.model == self.model:
             self._swap(self.snapshot.with_state(state, self._clock()))
+            self._forget_the_gone()
 
     def on_gone(self, name: str) -> None:
         """A replica has left or its lease has run out."""
         self._swap(self.snapshot.without(name))
+        self._forget_the_gone()
+
+    def _forget_the_gone(self) -> None:
+        self._shipper.keep_only(replica.life for replica in self.snapshot.replicas.values())
 
     def _swap(self, snapshot: Snapshot) -> None:
         if snapshot.holders is not self.snapshot.holders:
             self._changed.set()
         self.snapshot = snapshot
-        for life, stream in list(self._streams.items()):
-            replica = snapshot.replicas.get(life[0])
-            if replica is None or replica.life != life:
-                self._drop(life, stream)
-
-    def _drop(self, life: tuple[str, int], stream: ReplicaStream) -> None:
-        del self._streams[life]
-        task = asyncio.get_running_loop().create_task(stream.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
 
     async def wait_complete(self, timeout_s: float) -> None:
         """Until every expert of the model has a replica.
@@ -228,8 +216,7 @@ class RouterCore:
 
     def _backlog_rows(self, name: str) -> int:
         replica = self.snapshot.replicas[name]
-        stream = self._streams.get(replica.life)
-        return replica.load.queued_rows + (stream.in_flight_rows if stream else 0)
+        return replica.load.queued_rows + self._shipper.in_flight_rows(replica.life)
 
     async def _ship(
         self,
@@ -242,84 +229,21 @@ class RouterCore:
         timeout_s: float,
     ) -> ExpertMeshError | None:
         """Send one shipment and store its rows. Returns an error that another replica can mend."""
-        if timeout_s <= 0:
-            raise DeadlineExceeded(f"layer {layer}: no time left to ask {shipment.replica}")
-        slots_R = torch.tensor(shipment.slots_R)
-        rows_RD = hidden_TD.index_select(0, slots_R // top_k)
-        request = expert_pb2.ComputeRequest(
-            model=self.model,
-            layer=layer,
-            experts=shipment.experts,
-            rows_per_expert=shipment.rows_per_expert,
-            dtype=wire_dtype(rows_RD.dtype, "hidden.dtype"),
-            hidden_size=rows_RD.shape[1],
-        )
         try:
-            response, payload = await self._send(replica, request, rows_RD, timeout_s)
+            done = await self._shipper.ship(replica, layer, hidden_TD, top_k, shipment, timeout_s)
         except (StreamClosed, Draining) as error:
             self._swap(self.snapshot.without_work_for(replica.life, error.message))
             return error
         except QueueFull as error:
             return error
-        self._swap(self.snapshot.with_load(replica.life, response.load, self._clock()))
-        outputs_SD[slots_R] = _rows_of(response, payload, rows_RD, shipment)
+        self._swap(self.snapshot.with_load(replica.life, done.load, self._clock()))
+        outputs_SD[done.slots_R] = done.rows_RD
         return None
-
-    async def _send(
-        self,
-        replica: Replica,
-        request: expert_pb2.ComputeRequest,
-        rows_RD: torch.Tensor,
-        timeout_s: float,
-    ) -> Answer:
-        group, num_rows = replica.state.group, rows_RD.shape[0]
-        with self._telemetry.span("router.send", kind=SpanKind.CLIENT) as span:
-            if self._telemetry.enabled:
-                span.set_attributes(
-                    {"expertmesh.replica": replica.name, "expertmesh.rows": num_rows}
-                )
-                request.traceparent = inject()
-            started_s = self._clock()
-            stream = self._stream(replica)
-            response, payload = await stream.compute(
-                request, to_bytes(rows_RD), num_rows, timeout_s
-            )
-        away_s = (response.queue_us + response.compute_us) / 1e6
-        self._metrics.transport_time.record(self._clock() - started_s - away_s, group)
-        self._metrics.rows.add(num_rows, STAGE, group)
-        return response, payload
-
-    def _stream(self, replica: Replica) -> ReplicaStream:
-        stream = self._streams.get(replica.life)
-        if stream is not None and stream.closed:
-            self._drop(replica.life, stream)
-            stream = None
-        if stream is None:
-            stream = ReplicaStream(replica.state.address, self._max_message_bytes)
-            self._streams[replica.life] = stream
-        return stream
 
     def in_flight_rows(self, life: tuple[str, int]) -> int:
         """Rows sent to a replica and not yet answered."""
-        stream = self._streams.get(life)
-        return stream.in_flight_rows if stream else 0
+        return self._shipper.in_flight_rows(life)
 
     async def close(self) -> None:
         """End all streams."""
-        for life, stream in list(self._streams.items()):
-            self._drop(life, stream)
-        await asyncio.gather(*self._closing)
-
-
-def _rows_of(
-    response: expert_pb2.ComputeResponse,
-    payload: memoryview,
-    rows_RD: torch.Tensor,
-    shipment: Shipment,
-) -> torch.Tensor:
-    """The answer's rows; an answer of another form than asked for is a bug, never a number."""
-    asked = (wire_dtype(rows_RD.dtype), rows_RD.shape[1])
-    if (response.dtype, response.hidden_size) != asked:
-        got = (response.dtype, response.hidden_size)
-        raise InternalError(f"{shipment.replica} answered (dtype, width) {got}, asked {asked}")
-    return from_bytes(payload, rows_RD.dtype, rows_RD.shape, f"rows of {shipment.replica}")
+        await self._shipper.close()

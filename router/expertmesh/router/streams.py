@@ -43,6 +43,7 @@ class ReplicaStream:
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Answer]] = {}
         self._write_lock = asyncio.Lock()
+        self._writes: set[asyncio.Task[None]] = set()
         self._reader = asyncio.create_task(self._read(), name=f"stream {address}")
 
     async def compute(
@@ -67,10 +68,12 @@ class ReplicaStream:
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._pending[request.id] = answer
         self.in_flight_rows += num_rows
+        # a task of its own: cancelling a write half way would end the stream for all its callers
+        write = asyncio.create_task(self._write(data, answer))
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
         try:
             async with asyncio.timeout(timeout_s):
-                # shielded: cancelling a write half way would end the stream for all its callers
-                await asyncio.shield(self._write(data))
                 return await answer
         except TimeoutError as error:
             raise DeadlineExceeded(
@@ -90,14 +93,14 @@ class ReplicaStream:
                 max_message_bytes=self._max_message_bytes,
             )
 
-    async def _write(self, data: bytes) -> None:
-        if self.closed:
-            raise StreamClosed(f"the stream to {self.address} is closed", address=self.address)
+    async def _write(self, data: bytes, answer: asyncio.Future[Answer]) -> None:
         try:
             async with self._write_lock:  # writes of one grpc.aio stream must not overlap
-                await self._call.write(data)
+                if not answer.done():  # its caller has not given up
+                    await self._call.write(data)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            raise self._broken(error) from error
+            if not answer.done():
+                answer.set_exception(self._broken(error))
 
     async def _read(self) -> None:
         error: BaseException | None = None
@@ -107,11 +110,14 @@ class ReplicaStream:
         except (grpc.RpcError, ExpertMeshError) as broken:
             error = broken
         finally:
-            self.closed = True
-            failure = self._broken(error)
-            for answer in self._pending.values():
-                if not answer.done():
-                    answer.set_exception(failure)
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Nothing more will come: who waits must know."""
+        self.closed = True
+        for answer in self._pending.values():
+            if not answer.done():
+                answer.set_exception(self._broken(error))
 
     def _deliver(self, data: bytes) -> None:
         response, payload = wire.decode(expert_pb2.ComputeResponse, data)
@@ -132,7 +138,9 @@ class ReplicaStream:
 
     async def close(self) -> None:
         """End the stream; pending calls fail with StreamClosed."""
-        self.closed = True
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        self._end(None)
+        tasks = [self._reader, *self._writes]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._channel.close()

@@ -54,7 +54,8 @@ def check_hidden(layer: int, hidden_TD: torch.Tensor, num_experts: Mapping[int, 
 
 def check_finite(tensor: torch.Tensor, field: str) -> None:
     """Raises NonFiniteInput naming the first row with NaN or infinity."""
-    rows = torch.atleast_2d(tensor).flatten(1)  # its shape may not have been checked yet
+    # its shape may not have been checked yet
+    rows = tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)
     bad_T = ~torch.isfinite(rows).all(-1)
     if bool(bad_T.any()):
         row = int(bad_T.nonzero()[0])

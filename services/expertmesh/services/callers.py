@@ -44,11 +44,12 @@ class CoreCaller:
         # overlap there
         call = self.core.dispatch(
             layer,
-            hidden_TD,
-            experts_TK,
-            weights_TK,
+            hidden_TD.cpu(),  # no copies, unless the model is on a GPU
+            experts_TK.cpu(),
+            weights_TK.cpu(),
             COMBINE_MODES[combine],
             DEFAULT_TIMEOUT_S,
             self.callers(),
         )
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        combined_TD = asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        return combined_TD.to(hidden_TD.device)

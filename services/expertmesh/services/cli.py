@@ -1,6 +1,7 @@
 """`expertmesh`: serve the experts of Mixture-of-Experts models as microservices."""
 
 import argparse
+import asyncio
 import sys
 from importlib.metadata import version
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     except ExpertMeshError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return INTERRUPTED
     return code
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from expertmesh.runtime.child import dying_with_parent
 from expertmesh.runtime.redis_server import EmbeddedRedis
@@ -25,6 +26,7 @@ from expertmesh.services.settings import MeshSettings
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 180.0
+T = TypeVar("T")
 _STOP_TIMEOUT_S = 15.0
 
 
@@ -74,13 +76,14 @@ async def local_mesh(
         progress(f"redis: {described}")
         router = stack.enter_context(_router_process(settings, redis_url))
         ray = stack.enter_context(ExitStack())
-        await asyncio.to_thread(ray.enter_context, ray_cluster())
+        await _in_thread(ray.enter_context, ray_cluster())
         progress("ray and ray serve are up")
         groups = group_args(settings, plan.model, redis_url, plan.num_experts)
         gateway = gateway_args(settings, plan.model, redis_url)
         deploy(serve_config(settings, groups, gateway))
+        progress(f"starting {len(groups)} expert groups and the gateway")
         names = [*(args.group for args in groups), GATEWAY_APP]
-        await asyncio.to_thread(wait_running, names, START_TIMEOUT_S, progress)
+        await wait_running(names, START_TIMEOUT_S, progress)
         addresses = [f"{p.host}:{p.port}" for p in (settings.router, settings.gateway)]
         for address in addresses:
             await wait_serving(address, START_TIMEOUT_S, router)
@@ -88,6 +91,16 @@ async def local_mesh(
         yield Endpoints(plan.model, addresses[0], addresses[1], redis_url, described)
         progress("stopping")
         await asyncio.to_thread(ray.close)
+
+
+async def _in_thread(function: Callable[[T], object], argument: T) -> None:
+    """Run it to its end even when cancelled: half of a Ray cluster cannot be shut down."""
+    running = asyncio.ensure_future(asyncio.to_thread(function, argument))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 async def _redis(stack: AsyncExitStack, settings: MeshSettings) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from expertmesh.client.failures import error_of
 from expertmesh.client.generate import Client
@@ -23,6 +24,7 @@ from expertmesh.runtime.tensors import from_proto, to_proto
 from expertmesh.services.checkpoints import model_dtype
 from expertmesh.services.local import Endpoints, local_mesh
 from expertmesh.services.settings import MeshSettings
+from expertmesh.services.signals import cancelled_by_signals
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc
 
 NUM_NEW_TOKENS = 16
@@ -73,6 +75,7 @@ def random_prompts(vocab_size: int, seed: int = 0) -> PaddedPrompts:
 
 def load_reference(settings: MeshSettings) -> Any:
     """The whole model in this process, as a user of transformers loads it."""
+    disable_progress_bar()
     torch.set_num_threads(settings.gateway.threads)  # fp32 bits can depend on it
     dtype = model_dtype(settings.dtype, load_config(settings.model))
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, local_files_only=True)
@@ -183,11 +186,12 @@ def print_verdict(checks: Sequence[Check]) -> bool:
 
 async def run_parity(settings: MeshSettings, progress: Callable[[str], None]) -> int:
     """Serve the checkpoint, compare, stop. Exit code 0 only if everything is equal."""
-    async with local_mesh(settings, progress) as endpoints:
-        progress("loading the same checkpoint into this process as the reference")
-        reference = await asyncio.to_thread(load_reference, settings)
-        prompts = random_prompts(reference.config.get_text_config().vocab_size)
-        checks = await asyncio.to_thread(compare, reference, settings, endpoints, prompts)
+    with cancelled_by_signals():
+        async with local_mesh(settings, progress) as endpoints:
+            progress("loading the same checkpoint into this process as the reference")
+            reference = await asyncio.to_thread(load_reference, settings)
+            prompts = random_prompts(reference.config.get_text_config().vocab_size)
+            checks = await asyncio.to_thread(compare, reference, settings, endpoints, prompts)
     equal = print_verdict(checks)
     print(f"{endpoints.model}: {'EXACT' if equal else 'NOT EXACT'} against transformers")
     return 0 if equal else 1

@@ -4,6 +4,7 @@ Applications are deployed through Serve's declarative config path, the one `serv
 RayService use: `serve.run` would restart every replica on any change.
 """
 
+import asyncio
 import logging
 import os
 import time
@@ -25,6 +26,7 @@ _QUIET = {
 _LOGICAL_CPUS = 64  # replicas reserve none by default; Ray's own actors need some
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it
 _POLL_S = 0.1
+_STOP_TIMEOUT_S = 40.0  # longer than a replica may drain
 
 
 class DeployFailed(ExpertMeshError):
@@ -45,16 +47,27 @@ def ray_cluster(host: str = "127.0.0.1") -> Iterator[None]:
             num_cpus=_LOGICAL_CPUS,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
             _node_ip_address=host,
         )
         try:
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(proxy_location="Disabled")
             yield
         finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            _delete_applications()
             ray.shutdown()
+
+
+def _delete_applications() -> None:
+    """Drain and stop all replicas. `serve.shutdown` would too, but prints an error of its own."""
+    from ray import serve
+
+    deploy({"applications": []})
+    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    while serve.status().applications and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
 
 
 def deploy(config: Mapping[str, Any]) -> None:
@@ -69,7 +82,7 @@ def deploy(config: Mapping[str, Any]) -> None:
         client.deploy_apps(ServeDeploySchema.model_validate(dict(config)))
 
 
-def wait_running(names: list[str], timeout_s: float, progress: Progress) -> None:
+async def wait_running(names: list[str], timeout_s: float, progress: Progress) -> None:
     """Until every named application is RUNNING.
 
     Raises:
@@ -81,7 +94,7 @@ def wait_running(names: list[str], timeout_s: float, progress: Progress) -> None
     running: set[str] = set()
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
-        applications = serve.status().applications
+        applications = (await asyncio.to_thread(serve.status)).applications
         for name in names:
             status = applications.get(name)
             if status is None or name in running:
@@ -93,7 +106,7 @@ def wait_running(names: list[str], timeout_s: float, progress: Progress) -> None
                 progress(f"{name} is running ({len(running)} of {len(names)})")
         if len(running) == len(names):
             return
-        time.sleep(_POLL_S)
+        await asyncio.sleep(_POLL_S)
     missing = ", ".join(sorted(set(names) - running))
     raise Unavailable(f"not running after {timeout_s:.0f} s: {missing}; see Ray's logs")
 

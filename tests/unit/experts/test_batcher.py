@@ -113,9 +113,10 @@ async def test_rows_of_another_layer_do_not_fill_a_batch() -> None:
 async def test_nobody_waits_longer_than_max_wait() -> None:
     async with running(max_wait_s=0.02, max_batch_rows=4) as mesh:
         mesh.device.open_for_good()
-        task = await mesh.queue(rows_of({0: 1}))
+        tasks = [await mesh.queue(rows_of({0: 1}, layer=layer)) for layer in (0, 1)]
         mesh.clock.advance(0.02)
-        assert (await task).queue_s == pytest.approx(0.02)
+        answers = [await task for task in tasks]
+    assert [answer.queue_s for answer in answers] == pytest.approx([0.02, 0.02])
 
 
 async def test_a_full_queue_refuses_with_numbers_and_takes_what_fits() -> None:

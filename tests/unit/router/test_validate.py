@@ -102,7 +102,7 @@ WRONG_ROUTING: list[Wrong] = [
         "layer 1, expert 8: ids of this layer are 0 to 7",
     ),
     (
-        {"experts_TK": torch.tensor([[0, 1], [2, -1], [0, 9]])},
+        {"experts_TK": torch.tensor([[0, 1], [2, -1], [0, 7]])},
         UnknownExpert,
         "layer 1, expert -1: ids of this layer are 0 to 7",
     ),

@@ -1,16 +1,16 @@
 """The model's thread calling the router core on the event loop, several calls at once."""
 
 import asyncio
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from tests.fakes import FakeClock, holds, replica_state
 from tests.waiting import until
 
+from expertmesh.router import shipping
 from expertmesh.router.core import RouterCore
-from expertmesh.router.snapshot import Replica
-from expertmesh.router.streams import Answer, ReplicaStream
+from expertmesh.router.streams import Answer
 from expertmesh.runtime.errors import ExpertUnavailable, InvalidInput
 from expertmesh.runtime.telemetry import configure
 from expertmesh.services.callers import CoreCaller
@@ -22,7 +22,7 @@ WEIGHTS_TK = torch.tensor([[0.5, 0.25], [0.5, 0.25]])
 
 
 class Echo:
-    """A stream whose experts answer their input; each answer waits for its gate."""
+    """A stream to experts that answer their input; each answer waits for its gate."""
 
     closed = False
     in_flight_rows = 0
@@ -41,29 +41,29 @@ class Echo:
         answer = expert_pb2.ComputeResponse(dtype=request.dtype, hidden_size=request.hidden_size)
         return answer, memoryview(bytes(payload))
 
-
-class EchoCore(RouterCore):
-    """The real core over one such stream."""
-
-    def __init__(self) -> None:
-        telemetry = configure("router", None)
-        super().__init__("demo", {0: 2}, telemetry, max_message_bytes=1 << 20, clock=FakeClock())
-        self.echo = Echo()
-
-    def _stream(self, replica: Replica) -> ReplicaStream:
-        return cast(ReplicaStream, self.echo)
+    async def close(self) -> None:
+        """Its replica has gone."""
 
 
 @pytest.fixture
-async def core() -> EchoCore:
-    """A core with one replica that holds both experts."""
-    core = EchoCore()
+async def echo(monkeypatch: pytest.MonkeyPatch) -> Echo:
+    """The stream that every router core of this test opens."""
+    echo = Echo()
+    monkeypatch.setattr(shipping, "ReplicaStream", lambda address, max_message_bytes: echo)
+    return echo
+
+
+@pytest.fixture
+async def core(echo: Echo) -> RouterCore:
+    """A real core with one replica that holds both experts."""
+    telemetry = configure("router", None)
+    core = RouterCore("demo", {0: 2}, telemetry, max_message_bytes=1 << 20, clock=FakeClock())
     core.on_state(replica_state(holds=holds({0: [0, 1]})))
     return core
 
 
 @pytest.fixture
-async def caller(core: EchoCore) -> CoreCaller:
+async def caller(core: RouterCore) -> CoreCaller:
     """A caller of that core."""
     caller = CoreCaller(asyncio.get_running_loop())
     caller.core = core
@@ -82,29 +82,31 @@ def dispatch(caller: CoreCaller, hidden_TD: torch.Tensor, **changes: Any) -> tor
         return caller.dispatch(hidden_TD=hidden_TD * 1, **(args | changes))
 
 
-async def test_a_forward_waits_for_its_experts(core: EchoCore, caller: CoreCaller) -> None:
+async def test_a_forward_waits_for_its_experts(
+    echo: Echo, core: RouterCore, caller: CoreCaller
+) -> None:
     hidden_TD = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     call = asyncio.create_task(asyncio.to_thread(dispatch, caller, hidden_TD))
-    await until(lambda: core.echo.calls == 1)
+    await until(lambda: echo.calls == 1)
     assert not call.done()
-    core.echo.gates[0].set()
+    echo.gates[0].set()
     assert torch.equal(await call, hidden_TD * 0.75)
     assert core.usage.to_proto().layers[0].rows == [2, 2]
 
 
-async def test_calls_overlap(core: EchoCore, caller: CoreCaller) -> None:
+async def test_calls_overlap(echo: Echo, caller: CoreCaller) -> None:
     hidden = [torch.full((2, 3), float(value)) for value in (1, 2, 3)]
     calls = []
     for index, hidden_TD in enumerate(hidden):
         calls.append(asyncio.create_task(asyncio.to_thread(dispatch, caller, hidden_TD)))
-        await until(lambda index=index: core.echo.calls == index + 1)  # type: ignore[misc]
+        await until(lambda index=index: echo.calls == index + 1)  # type: ignore[misc]
     for index in (1, 0, 2):
-        core.echo.gates[index].set()
+        echo.gates[index].set()
         assert torch.equal(await calls[index], hidden[index] * 0.75)
         assert not torch.is_inference_mode_enabled(), "the loop is not left in a mode of a call"
 
 
-async def test_errors_keep_their_type(core: EchoCore, caller: CoreCaller) -> None:
+async def test_errors_keep_their_type(core: RouterCore, caller: CoreCaller) -> None:
     core.on_gone("r0")
     with pytest.raises(ExpertUnavailable, match="layer 0, expert 0"):
         await asyncio.to_thread(dispatch, caller, torch.zeros(2, 3))
@@ -113,7 +115,7 @@ async def test_errors_keep_their_type(core: EchoCore, caller: CoreCaller) -> Non
 
 
 async def test_the_callers_of_the_forward_are_asked_at_each_call(
-    core: EchoCore, caller: CoreCaller, monkeypatch: pytest.MonkeyPatch
+    core: RouterCore, caller: CoreCaller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
 

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import signal
 
 from expertmesh.services.commands.common import (
     Subparsers,
@@ -31,15 +30,14 @@ def run(args: argparse.Namespace) -> int:
 
 async def _serve(settings: MeshSettings) -> None:
     from expertmesh.services.local import local_mesh
+    from expertmesh.services.signals import cancelled_by_signals, forever
 
-    stopping = asyncio.Event()
     progress = progress_printer()
-    async with local_mesh(settings, progress) as endpoints:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
-        print(f"model    {endpoints.model}")
-        print(f"gateway  {endpoints.gateway}   GenerateService, ControlService")
-        print(f"router   {endpoints.router}   RouterService, ControlService")
-        print(f"redis    {endpoints.redis_url}", flush=True)
-        await stopping.wait()
+    with cancelled_by_signals():
+        async with local_mesh(settings, progress) as endpoints:
+            print(f"model    {endpoints.model}")
+            print(f"gateway  {endpoints.gateway}   GenerateService, ControlService")
+            print(f"router   {endpoints.router}   RouterService, ControlService")
+            print(f"redis    {endpoints.redis_url}", flush=True)
+            await forever()
     progress("stopped")
