@@ -8,6 +8,8 @@ import pytest
 TESTS = Path(__file__).parent
 # transformers must never look for a hub: everything a test needs is made or committed here
 os.environ["HF_HUB_OFFLINE"] = "1"
+# fp32 bits depend on the number of threads, and more of them only wait for each other here
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

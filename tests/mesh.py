@@ -3,8 +3,8 @@ goes wrong in one: a replica that dies, one that stalls."""
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from expertmesh.runtime.server import MeshServer
 from expertmesh.runtime.state import MeshWatcher
 from expertmesh.runtime.telemetry import configure
 from expertmesh.services.checkpoints import model_dtype
-from expertmesh.v1 import control_pb2_grpc, router_pb2_grpc
+from expertmesh.v1 import control_pb2, control_pb2_grpc, router_pb2_grpc
 
 MakeCheckpoint = Callable[..., Path]
 """Of the fixture `checkpoint`."""
@@ -42,6 +42,14 @@ class Router:
     core: RouterCore
     watcher: MeshWatcher
     model: ServedModel
+
+    def in_flight_rows(self, replica: str) -> int:
+        """Rows sent to a replica and not yet answered."""
+        return self.core.in_flight_rows(self.core.snapshot.replicas[replica].life)
+
+    def set_aside(self, replica: str) -> str:
+        """Why a replica gets no work now, or ""."""
+        return self.core.snapshot.replicas[replica].set_aside
 
 
 class Mesh:
@@ -140,6 +148,19 @@ class Mesh:
         if complete:
             await core.wait_complete(5.0)
         return Router(target, core, watcher, model)
+
+    @asynccontextmanager
+    async def view(self) -> AsyncIterator[dict[str, control_pb2.ReplicaState]]:
+        """The newest state of every replica, as a router hears it."""
+        states: dict[str, control_pb2.ReplicaState] = {}
+
+        def on_state(state: control_pb2.ReplicaState) -> None:
+            states[state.replica] = state
+
+        on_gone = states.__delitem__
+        async with MeshWatcher(self.redis_url, self.name, on_state, on_gone) as watcher:
+            await asyncio.wait_for(watcher.synced.wait(), 5)
+            yield states
 
     async def kill(self, replica: Replica) -> None:
         """As if its process had died: connections cut, heartbeats end, no goodbye."""

@@ -12,6 +12,8 @@ from expertmesh.runtime.errors import ExpertMeshError, from_status
 from expertmesh.runtime.tensors import from_bytes, to_bytes, torch_dtype, wire_dtype
 from expertmesh.v1 import expert_pb2, expert_pb2_grpc
 
+HIDDEN_SIZE = 64
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -42,6 +44,21 @@ def pack(hidden_TD: torch.Tensor, experts_T: torch.Tensor, **fields: Any) -> Pac
         **fields,
     )
     return Packed(request, order_R)
+
+
+def random_hidden(
+    num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """[T, 64]"""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, HIDDEN_SIZE, generator=random).to(dtype)
+
+
+def random_request(seed: int, num_tokens: int, layer: int = 0, **fields: Any) -> Packed:
+    """Rows for some of the experts 0 to 7."""
+    random = torch.Generator().manual_seed(seed)
+    experts_T = torch.randint(8, (num_tokens,), generator=random)
+    return pack(random_hidden(num_tokens, seed), experts_T, layer=layer, **fields)
 
 
 class ExpertCaller:

@@ -17,16 +17,6 @@ from expertmesh.runtime.errors import ExpertMeshError
 from expertmesh.runtime.tensors import from_proto, to_proto
 from expertmesh.v1 import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc
 
-HIDDEN_SIZE = 64
-
-
-def random_hidden(
-    num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """[T, 64]"""
-    random = torch.Generator().manual_seed(seed)
-    return torch.randn(num_tokens, HIDDEN_SIZE, generator=random).to(dtype)
-
 
 @dataclass(frozen=True)
 class Routed:

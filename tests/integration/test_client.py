@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from tests.mesh import MODEL, MakeCheckpoint, Mesh, stalled
+from tests.packing import HIDDEN_SIZE, random_hidden
 from tests.reference_experts import load_model
-from tests.router_caller import HIDDEN_SIZE, Reference, random_hidden, random_routing
+from tests.router_caller import Reference, random_routing
 from tests.waiting import until
 
 import expertmesh.client

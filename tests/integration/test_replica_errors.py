@@ -10,7 +10,7 @@ import grpc
 import pytest
 import torch
 from tests.mesh import MakeCheckpoint, Mesh, stalled
-from tests.packing import ExpertCaller, pack
+from tests.packing import HIDDEN_SIZE, ExpertCaller, pack, random_hidden
 from tests.waiting import until
 
 from expertmesh.client.failures import error_of
@@ -28,14 +28,12 @@ from expertmesh.runtime.errors import (
 )
 from expertmesh.v1 import expert_pb2, tensor_pb2
 
-HIDDEN_SIZE = 64
 GARBAGE = b"\xff" * 40
 
 
 def good(request_id: int = 1, *, num_tokens: int = 3) -> expert_pb2.ComputeRequest:
     """Rows for experts 1 and 4 of layer 0."""
-    random = torch.Generator().manual_seed(request_id)
-    hidden_TD = torch.randn(num_tokens, HIDDEN_SIZE, generator=random)
+    hidden_TD = random_hidden(num_tokens, request_id)
     experts_T = torch.tensor([1, 4] * num_tokens)[:num_tokens]
     return pack(hidden_TD, experts_T, id=request_id, layer=0).request
 

@@ -15,15 +15,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from tests.mesh import MODEL, MakeCheckpoint, Mesh, stalled
+from tests.packing import HIDDEN_SIZE, random_hidden
 from tests.reference_experts import load_model
-from tests.router_caller import (
-    HIDDEN_SIZE,
-    Reference,
-    Routed,
-    RouterCaller,
-    random_hidden,
-    random_routing,
-)
+from tests.router_caller import Reference, Routed, RouterCaller, random_routing
 from tests.waiting import until
 
 from expertmesh.v1 import control_pb2, router_pb2, tensor_pb2

@@ -8,16 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tests.mesh import MakeCheckpoint, Mesh
+from tests.packing import HIDDEN_SIZE, random_hidden
 from tests.reference_experts import other_checkpoint
-from tests.router_caller import (
-    HIDDEN_SIZE,
-    Routed,
-    RouterCaller,
-    dispatch_request,
-    random_hidden,
-    random_routing,
-    refusal,
-)
+from tests.router_caller import Routed, RouterCaller, dispatch_request, random_routing, refusal
 
 from expertmesh.runtime.errors import (
     ExpertMeshError,

@@ -1,4 +1,4 @@
-"""What a router does when replicas die, stall, drain or fill up, and when Redis goes away."""
+"""What a router does when replicas die, leave or cannot be reached, and when Redis goes away."""
 
 import asyncio
 import logging
@@ -12,11 +12,12 @@ import pytest
 import torch
 from tests.link import Link
 from tests.mesh import MakeCheckpoint, Mesh, Router, stalled
-from tests.router_caller import Routed, RouterCaller, random_hidden, random_routing, refusal
+from tests.packing import random_hidden
+from tests.router_caller import Routed, RouterCaller, random_routing, refusal
 from tests.waiting import until
 
 from expertmesh.experts.replica import Replica
-from expertmesh.runtime.errors import DeadlineExceeded, ExpertUnavailable, QueueFull
+from expertmesh.runtime.errors import ExpertUnavailable
 from expertmesh.runtime.redis_server import EmbeddedRedis
 from expertmesh.runtime.state import MeshWatcher
 
@@ -24,14 +25,6 @@ TOLERANCE = 1e-5
 """Rows of several callers in one fp32 product: other kernels, other last bits."""
 ROUTING = random_routing(5, 4)
 """Rows for most experts of both groups."""
-
-
-def in_flight_rows(router: Router, name: str) -> int:
-    return router.core.in_flight_rows(router.core.snapshot.replicas[name].life)
-
-
-def set_aside(router: Router, name: str) -> str:
-    return router.core.snapshot.replicas[name].set_aside
 
 
 @asynccontextmanager
@@ -55,12 +48,12 @@ async def test_a_lone_call_moves_to_the_other_copy_with_equal_bits(
         with stalled(replicas["g0#1"]), stalled(replicas["g0#2"]) as other:
             call = asyncio.ensure_future(caller.dispatch(0, hidden_TD, ROUTING))
             names = ("g0#1", "g0#2")
-            await until(lambda: any(in_flight_rows(router, name) for name in names))
-            [asked] = [name for name in names if in_flight_rows(router, name)]
+            await until(lambda: any(router.in_flight_rows(name) for name in names))
+            [asked] = [name for name in names if router.in_flight_rows(name)]
             [spared] = [name for name in names if name != asked]
             await mesh.kill(replicas[asked])
-            await until(lambda: in_flight_rows(router, spared) > 0)
-            assert "broke" in set_aside(router, asked)
+            await until(lambda: router.in_flight_rows(spared) > 0)
+            assert "broke" in router.set_aside(asked)
             other.release()
         with stalled(replicas[spared]) as spare:
             spare.release()
@@ -143,11 +136,11 @@ async def test_a_replica_set_aside_is_back_with_its_next_heartbeat(
             for _ in range(4):  # each heartbeat gives it another chance
                 error = await refusal(caller.dispatch(0, hidden_TD, ROUTING))
                 assert type(error) is ExpertUnavailable
-                assert link.address in set_aside(router, "g0#1")
+                assert link.address in router.set_aside("g0#1")
                 [view] = (await caller.snapshot()).replicas
-                assert view.set_aside == set_aside(router, "g0#1")
+                assert view.set_aside == router.set_aside("g0#1")
                 announce(replica)
-                await until(lambda: not set_aside(router, "g0#1"))
+                await until(lambda: not router.set_aside("g0#1"))
             await link.mend()
             assert torch.equal(await caller.dispatch(0, hidden_TD, ROUTING), expected_TD)
 
@@ -182,7 +175,7 @@ async def test_a_call_that_waits_for_a_connection_moves_on_when_its_replica_is_g
         expected_TD = await caller.dispatch(0, hidden_TD, ROUTING)
         router.core.on_state(state)
         calls = [asyncio.ensure_future(caller.dispatch(0, hidden_TD, ROUTING)) for _ in range(8)]
-        await until(lambda: in_flight_rows(router, "g0#2") > 20)
+        await until(lambda: router.in_flight_rows("g0#2") > 20)
         router.core.on_gone("g0#2")
         for out_TD in await asyncio.gather(*calls):
             torch.testing.assert_close(out_TD, expected_TD, rtol=0, atol=TOLERANCE)
@@ -211,80 +204,6 @@ async def test_redis_may_die_while_calls_go_on(checkpoint: MakeCheckpoint, mesh:
                 await until(lambda: router.watcher.connected)
                 assert (await caller.snapshot()).redis_connected
                 assert torch.equal(await caller.dispatch(0, hidden_TD, ROUTING), expected_TD)
-
-
-async def test_a_cancelled_call_leaves_the_shared_stream_alone(
-    mesh: Mesh, checkpoint: MakeCheckpoint
-) -> None:
-    path = checkpoint("mixtral")
-    replica = await mesh.replica(path)
-    router = await mesh.router(path)
-    async with RouterCaller(router.target) as caller, RouterCaller(router.target) as other:
-        hidden_TD = random_hidden(5)
-        expected_TD = await caller.dispatch(0, hidden_TD, ROUTING)
-        with stalled(replica) as stall:
-            stays = asyncio.ensure_future(other.dispatch(0, hidden_TD, ROUTING))
-            await until(lambda: replica.load().queued_rows == 20)
-            gone = [
-                asyncio.ensure_future(caller.dispatch(0, random_hidden(5, seed), ROUTING))
-                for seed in range(5)
-            ]
-            await until(lambda: replica.load().queued_rows == 120)
-            for call in gone:
-                call.cancel()
-            await until(lambda: in_flight_rows(router, "g0#1") == 20)
-            stall.release()
-            assert torch.equal(await stays, expected_TD)
-        assert set_aside(router, "g0#1") == ""
-        assert torch.equal(await caller.dispatch(0, hidden_TD, ROUTING), expected_TD)
-
-
-@pytest.mark.parametrize("whose", ["the caller's", "the router's"])
-async def test_a_stalled_replica_costs_the_deadline_and_no_more(
-    whose: str, mesh: Mesh, checkpoint: MakeCheckpoint
-) -> None:
-    path = checkpoint("mixtral")
-    replica = await mesh.replica(path)
-    router = await mesh.router(path, call_timeout_s=0.1 if whose == "the router's" else 20)
-    timeout_s = 0.1 if whose == "the caller's" else None
-    async with RouterCaller(router.target) as caller:
-        hidden_TD = random_hidden(5)
-        expected_TD = await caller.dispatch(0, hidden_TD, ROUTING)
-        with stalled(replica):
-            for call in (
-                caller.dispatch(0, hidden_TD, ROUTING, timeout_s=timeout_s),
-                caller.forward(0, hidden_TD, timeout_s=timeout_s),
-            ):
-                started_s = time.monotonic()
-                error = await refusal(call)
-                assert type(error) is DeadlineExceeded
-                assert 0.05 < time.monotonic() - started_s < 5
-            await until(lambda: in_flight_rows(router, "g0#1") == 0)
-        assert torch.equal(await caller.dispatch(0, hidden_TD, ROUTING), expected_TD)
-        assert set_aside(router, "g0#1") == ""
-        await until(lambda: replica.load().queued_rows == 0)
-
-
-async def test_a_full_replica_hands_on_to_its_copy(mesh: Mesh, checkpoint: MakeCheckpoint) -> None:
-    path = checkpoint("mixtral")
-    first = await mesh.replica(path, name="g0#1")
-    router = await mesh.router(path)
-    first.set_limits({"max_queue_rows": 10})
-    async with RouterCaller(router.target) as caller:
-        hidden_TD = random_hidden(5)
-        assert type(await refusal(caller.dispatch(0, hidden_TD, ROUTING))) is QueueFull
-        second = await mesh.replica(path, name="g0#2")
-        await until(lambda: "g0#2" in router.core.snapshot.replicas)
-        for _ in range(10):  # both are asked first at times
-            await caller.dispatch(0, hidden_TD, ROUTING)
-        assert set_aside(router, "g0#1") == ""
-        assert first.load().done_rows < 10
-        second.set_limits({"max_queue_rows": 10})
-        error = await refusal(caller.dispatch(0, hidden_TD, ROUTING))
-        assert type(error) is QueueFull
-        assert error.fields["max_queue_rows"] == "10"
-        first.set_limits({})
-        await caller.dispatch(0, hidden_TD, ROUTING)
 
 
 async def test_a_replica_is_replaced_under_load_without_a_failed_call(

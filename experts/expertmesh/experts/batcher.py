@@ -91,7 +91,7 @@ class MicroBatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         # OpenMP's number of threads belongs to the thread; asking torch for it makes torch set it
-        self._thread = ThreadPoolExecutor(1, "expertmesh-compute", torch.get_num_threads)
+        self._thread = ThreadPoolExecutor(1, "expertmesh-compute")
         self._task: asyncio.Task[None] | None = None
         self._draining = False
         self.limits = limits
@@ -188,7 +188,6 @@ class MicroBatcher:
 
     def _take(self) -> list[_Work]:
         """Remove and return the next batch: the oldest request and later ones of its layer."""
-        layer = -1
         batch: list[_Work] = []
         rest: deque[_Work] = deque()
         num_rows = 0
@@ -199,11 +198,10 @@ class MicroBatcher:
             if work.deadline_s is not None and now_s > work.deadline_s:
                 self._fail(work, DeadlineExceeded("the deadline passed while the rows were queued"))
             elif not batch or (
-                work.rows.layer == layer
+                work.rows.layer == batch[0].rows.layer
                 and not (work.alone or batch[0].alone)
                 and num_rows + work.rows.num_rows <= self.limits.max_batch_rows
             ):
-                layer = work.rows.layer
                 batch.append(work)
                 num_rows += work.rows.num_rows
             else:

@@ -16,7 +16,7 @@ from expertmesh.experts.sizing import (
     largest_group_bytes,
     min_num_groups,
 )
-from expertmesh.runtime.errors import InsufficientMemory, NotACheckpoint
+from expertmesh.runtime.errors import InsufficientMemory, UnsupportedCheckpoint
 
 GIB = 2**30
 
@@ -106,5 +106,5 @@ def test_report_of_a_config_transformers_cannot_read(tmp_path: Path) -> None:
     path = tiny_checkpoint("mixtral", tmp_path)
     config = json.loads((path / "config.json").read_text()) | {"hidden_size": "large"}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(NotACheckpoint, match="transformers cannot read it"):
+    with pytest.raises(UnsupportedCheckpoint, match="transformers cannot read it"):
         inspect_checkpoint(path)
