@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --progress-bar off -q
 
 .PHONY: help setup demo demo-model parity test unit integration e2e check fmt protos bench clean
 
@@ -17,8 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "error: no venv; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }; }
 	@echo "installing expertmesh and what it needs (a few minutes the first time)"
 	@# torch first and alone: a range would bring the newest build with gigabytes of CUDA
-	$(BIN)/python -m pip install --progress-bar off -q "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e '.[dev]'
+	@$(PIP) "$$(grep '^torch==' constraints.txt)" && $(PIP) -c constraints.txt -e '.[dev]' || { \
+	  echo "error: the installation failed, see above. It needs a package index and 3 GB of disk;"; \
+	  echo "       make again goes on where it stopped, make clean starts over"; exit 1; }
 	@touch $@
 
 setup: $(STAMP)  ## create .venv with everything
@@ -33,16 +35,20 @@ parity: $(STAMP)  ## compare a served checkpoint with transformers: make parity 
 	@test -n "$(MODEL)" || { echo "error: say which checkpoint directory: make parity MODEL=dir"; exit 1; }
 	$(BIN)/expertmesh parity $(MODEL)
 
+# two processes: e2e tests use both cores by themselves
+SIDE_BY_SIDE := -n 2 --dist loadfile
+
 test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit tests/integration
+	$(BIN)/python -m pytest tests/e2e
 
 unit: $(STAMP)  ## tests without sockets
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit
 
-integration: $(STAMP)  ## tests with real Redis, gRPC and Ray
-	$(BIN)/python -m pytest tests/integration
+integration: $(STAMP)  ## tests with real Redis and gRPC
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/integration
 
-e2e: $(STAMP)  ## tests of the whole mesh in processes
+e2e: $(STAMP)  ## tests of the whole mesh in processes, with real Ray
 	$(BIN)/python -m pytest tests/e2e
 
 check: $(STAMP)  ## formatting, lint, types, layers, generated code

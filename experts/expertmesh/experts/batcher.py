@@ -91,7 +91,7 @@ class MicroBatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         # OpenMP's number of threads belongs to the thread; asking torch for it makes torch set it
-        self._thread = ThreadPoolExecutor(1, "expertmesh-compute")
+        self._thread = ThreadPoolExecutor(1, "expertmesh-compute", torch.get_num_threads)
         self._task: asyncio.Task[None] | None = None
         self._draining = False
         self.limits = limits
