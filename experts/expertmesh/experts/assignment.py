@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from expertmesh.runtime.errors import ConfigError
 
+_MAX_ID = 65535  # far beyond any model; keeps a typing error from filling the memory
+
 
 def split_evenly(num_experts: int, num_groups: int, field: str = "experts.groups") -> list[str]:
     """Each group's contiguous range of expert ids; sizes differ by at most one.
@@ -41,6 +43,8 @@ def parse_ids(text: str, field: str = "experts") -> tuple[int, ...]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ConfigError(f'{field}: expected ids like "0-3,7", got {text!r}', field=field)
         start, stop = int(first), int(last or first)
+        if stop > _MAX_ID:
+            raise ConfigError(f"{field}: ids are at most {_MAX_ID}, got {stop}", field=field)
         if stop < start:
             raise ConfigError(f"{field}: the range {part!r} runs backwards", field=field)
         ids.update(range(start, stop + 1))

@@ -9,16 +9,15 @@ from typing import Any
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from ray import serve
 
-from expertmesh.experts.limits import BatchLimits
+from expertmesh.experts.limits import BatchLimits, Heartbeats
 from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
-from expertmesh.runtime.config import Settings
 
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 30.0
 
 
-class ExpertGroupArgs(Settings):
+class ExpertGroupArgs(Heartbeats):
     """What one expert group is. A change restarts its replicas; one of `user_config` does not."""
 
     group: str = Field(min_length=1)
@@ -55,10 +54,6 @@ class ExpertGroupArgs(Settings):
     """Answer rows with NaN or infinity with an error instead of computing them."""
     max_message_bytes: PositiveInt = DEFAULT_MAX_MESSAGE_BYTES
     """Largest gRPC message accepted."""
-    heartbeat_s: float = Field(default=0.2, gt=0, le=60)
-    """Time between heartbeats."""
-    lease_s: float = Field(default=1.0, gt=0, le=600)
-    """Time after which a replica not heard from does not exist."""
     otlp_endpoint: str | None = None
     """OpenTelemetry collector, "host:port"; none switches telemetry off."""
     log_level: str = "INFO"

@@ -1,6 +1,8 @@
-"""Bounds of a replica's queue and batches."""
+"""Bounds and rhythms of a replica."""
 
-from pydantic import NonNegativeFloat, PositiveInt
+from typing import Self
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from expertmesh.runtime.config import Settings
 
@@ -14,3 +16,19 @@ class BatchLimits(Settings):
     """How long a batch that is not full waits for more rows; 0 takes what is queued at once."""
     max_queue_rows: PositiveInt = 65536
     """Rows admitted and not yet answered at most; beyond it callers get QueueFull."""
+
+
+class Heartbeats(Settings):
+    """How a replica tells that it is there."""
+
+    heartbeat_s: float = Field(default=0.2, gt=0, le=60)
+    """Time between a replica's heartbeats."""
+    lease_s: float = Field(default=1.0, gt=0, le=600)
+    """Time after which a replica not heard from does not exist; at least two heartbeats."""
+
+    @model_validator(mode="after")
+    def _lease_outlasts_a_lost_heartbeat(self) -> Self:
+        if self.lease_s < 2 * self.heartbeat_s:
+            least_s = 2 * self.heartbeat_s
+            raise ValueError(f"lease_s must be at least 2 * heartbeat_s, {least_s:g} s")
+        return self

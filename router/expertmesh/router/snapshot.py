@@ -100,14 +100,6 @@ class Snapshot:
         rest = MappingProxyType({n: r for n, r in self.replicas.items() if n != name})
         return replace(self, version=self.version + 1, replicas=rest, holders=_holders(rest))
 
-    def without_silent(self, now_s: float) -> Self:
-        """Drop the replicas whose lease has run out by this router's clock."""
-        view = self
-        for name, replica in self.replicas.items():
-            if now_s - replica.heard_s > replica.state.lease_ms / 1e3:
-                view = view.without(name)
-        return view
-
     def _with(self, replica: Replica, *, keep_holders: bool) -> Self:
         replicas = MappingProxyType({**self.replicas, replica.name: replica})
         holders = self.holders if keep_holders else _holders(replicas)

@@ -32,6 +32,7 @@ from typing import ClassVar
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "expertmesh"
@@ -203,9 +204,19 @@ _OVERSIZE = "message larger than max"  # gRPC's own refusal has the code of a fu
 def from_status(status: status_pb2.Status) -> ExpertMeshError:
     """The error a status stands for; a foreign status becomes the nearest class by its code."""
     for detail in status.details:
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _BY_REASON:
+        info = _error_info(detail)
+        if info.domain == DOMAIN and info.reason in _BY_REASON:
             return _BY_REASON[info.reason](status.message, **dict(info.metadata))
     if _OVERSIZE in status.message and status.code == code_pb2.RESOURCE_EXHAUSTED:
         return MessageTooLarge(status.message)
     return _BY_CODE.get(status.code, InternalError)(status.message)
+
+
+def _error_info(detail: any_pb2.Any) -> error_details_pb2.ErrorInfo:
+    """The detail as an ErrorInfo; an empty one if it is something else, or garbage."""
+    info = error_details_pb2.ErrorInfo()
+    try:
+        detail.Unpack(info)
+    except DecodeError:
+        info.Clear()
+    return info

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from expertmesh.experts.assignment import experts_by_layer, split_evenly
 from expertmesh.experts.reader import ExpertReader
-from expertmesh.experts.sizing import check_fits, format_bytes, group_bytes
+from expertmesh.experts.sizing import format_bytes, group_bytes
 from expertmesh.runtime.checkpoint import Checkpoint
-from expertmesh.runtime.device import probe_for
+from expertmesh.runtime.device import DeviceReading, probe_for
+from expertmesh.runtime.errors import InsufficientMemory
 from expertmesh.runtime.hf_config import load_config
 from expertmesh.services.checkpoints import model_dtype, model_name
-from expertmesh.services.settings import MeshSettings
+from expertmesh.services.settings import ExpertsSettings, MeshSettings
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def check_before_start(settings: MeshSettings) -> StartPlan:
     if settings.experts.device != "cuda" and not settings.experts.num_gpus:
         device = probe_for("cpu").read()
         needed_bytes = sum(sizes) * settings.experts.replicas
-        check_fits("all groups together", needed_bytes, device.free_bytes, device.name)
+        _check_machine(needed_bytes, device, settings.experts)
     name = model_name(settings)
     text = config.get_text_config()
     summary = (
@@ -55,3 +56,17 @@ def check_before_start(settings: MeshSettings) -> StartPlan:
         f"{format_bytes(max(sizes))} of experts per replica"
     )
     return StartPlan(name, num_experts, sizes, summary)
+
+
+def _check_machine(needed_bytes: int, device: DeviceReading, experts: ExpertsSettings) -> None:
+    """All replicas share this machine's memory, so more groups would not help."""
+    if needed_bytes <= device.free_bytes:
+        return
+    raise InsufficientMemory(
+        f"{experts.groups} groups x {experts.replicas} replicas need {format_bytes(needed_bytes)} "
+        f"for their experts, {device.name} has {format_bytes(device.free_bytes)} free. Use fewer "
+        "replicas, a smaller dtype, or more machines.",
+        needed_bytes=needed_bytes,
+        free_bytes=device.free_bytes,
+        device=device.name,
+    )

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from expertmesh.experts.limits import BatchLimits
+from expertmesh.experts.limits import BatchLimits, Heartbeats
 from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
 from expertmesh.runtime.config import Settings
 
@@ -19,7 +19,7 @@ class RedisSettings(Settings):
     """"redis://host:port/db" of a server of yours; none starts an embedded one."""
 
 
-class ExpertsSettings(Settings):
+class ExpertsSettings(Heartbeats):
     """The expert groups and their replicas."""
 
     groups: int = 4
@@ -38,10 +38,6 @@ class ExpertsSettings(Settings):
     """Address replicas listen on and announce; "" is each node's own."""
     limits: BatchLimits = BatchLimits()
     """Queue and batch bounds."""
-    heartbeat_s: float = Field(default=0.2, gt=0, le=60)
-    """Time between a replica's heartbeats."""
-    lease_s: float = Field(default=1.0, gt=0, le=600)
-    """Time after which a replica not heard from does not exist."""
     reject_nonfinite: bool = False
     """Answer rows with NaN or infinity with an error instead of computing them."""
 

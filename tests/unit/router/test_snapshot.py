@@ -163,16 +163,3 @@ def test_a_replica_that_left_is_gone() -> None:
     assert after.holders == {(4, 0): ("a",), (4, 1): ("a", "b")}
     assert after.version == before.version + 1
     assert after.without("c") is after
-
-
-def test_leases_end_by_the_routers_own_clock() -> None:
-    snapshot = seen(replica_state("a", lease_ms=1000), replica_state("b", lease_ms=3000))
-    assert snapshot.without_silent(NOW_S + 1.0) is snapshot
-    assert set(snapshot.without_silent(NOW_S + 1.001).replicas) == {"b"}
-    assert set(snapshot.without_silent(NOW_S + 3.001).replicas) == set()
-
-
-def test_answers_and_heartbeats_renew_the_lease() -> None:
-    snapshot = three().with_load(LIFE_A, pb.ReplicaLoad(), NOW_S + 2)
-    snapshot = snapshot.with_state(replica_state("b", sequence=2), NOW_S + 2)
-    assert set(snapshot.without_silent(NOW_S + 2.5).replicas) == {"a", "b"}
