@@ -232,8 +232,9 @@ class MicroBatcher:
             raise
         compute_s = self._clock() - started_s
         num_rows = sum(rows.num_rows for rows in requests)
-        self.stats.observe(num_rows, started_s - batch[0].arrived_s, compute_s)
-        self._on_batch(num_rows, compute_s)
+        if not batch[0].alone:  # a health check says nothing about load
+            self.stats.observe(num_rows, started_s - batch[0].arrived_s, compute_s)
+            self._on_batch(num_rows, compute_s)
         for work, rows_RD in zip(batch, outputs, strict=True):
             if not work.answer.done():
                 queue_s = started_s - work.arrived_s

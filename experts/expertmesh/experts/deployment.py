@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from ray import serve
 
 from expertmesh.experts.limits import BatchLimits, Heartbeats
-from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
+from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES, GREATEST_MAX_MESSAGE_BYTES
 
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 5.0
@@ -36,8 +36,6 @@ class ExpertGroupArgs(Heartbeats):
     """Compute dtype; "auto" takes the checkpoint's."""
     device: str = "auto"
     """"cuda", "cpu" or "auto": a GPU if Ray gave the replica one."""
-    num_replicas: PositiveInt = 1
-    """Copies of the group."""
     num_gpus: NonNegativeFloat = 0.0
     """GPUs Ray reserves for a replica; fractions share a GPU."""
     num_cpus: NonNegativeFloat = 0.0
@@ -52,7 +50,9 @@ class ExpertGroupArgs(Heartbeats):
     """Give every caller the bits it would get alone, whoever else is served; slower under load."""
     reject_nonfinite: bool = False
     """Answer rows with NaN or infinity with an error instead of computing them."""
-    max_message_bytes: PositiveInt = DEFAULT_MAX_MESSAGE_BYTES
+    max_message_bytes: int = Field(
+        default=DEFAULT_MAX_MESSAGE_BYTES, ge=1, le=GREATEST_MAX_MESSAGE_BYTES
+    )
     """Largest gRPC message accepted."""
     otlp_endpoint: str | None = None
     """OpenTelemetry collector, "host:port"; none switches telemetry off."""
@@ -101,7 +101,6 @@ def build(args: ExpertGroupArgs) -> serve.Application:
     """The group's application: one deployment named like the group."""
     deployment = serve.deployment(
         name=args.group,
-        num_replicas=args.num_replicas,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         user_config=BatchLimits().model_dump(),
         max_surge_percent=100,

@@ -15,7 +15,7 @@ from expertmesh.experts.batch import PackedRows
 from expertmesh.experts.deployment import ExpertGroupArgs
 from expertmesh.experts.ffn import ExpertFFN
 from expertmesh.experts.invariance import ignores_row_count
-from expertmesh.experts.reader import ExpertReader
+from expertmesh.experts.reader import ExpertReader, ExpertShape
 from expertmesh.experts.sizing import check_fits, group_bytes
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.device import probe_for
@@ -34,18 +34,8 @@ class LoadedExperts:
     device: torch.device
     hidden_size: int
     weight_bytes: int
-
-    def may_merge(self, args: ExpertGroupArgs) -> bool:
-        """Whether rows of different callers may share a matrix product.
-
-        In deterministic mode only if that leaves every row's bits as they are.
-        """
-        shape = next(iter(self.layers.values())).shape
-        products = [
-            (shape.hidden_size, shape.ffn_size * (2 if shape.gated else 1)),
-            (shape.ffn_size, shape.hidden_size),
-        ]
-        return not args.deterministic or ignores_row_count(self.dtype, self.device, products)
+    may_merge: bool
+    """Whether rows of different callers may share a matrix product."""
 
     def compute(self, rows: PackedRows) -> torch.Tensor:
         """Outputs [R, D] on the CPU, unweighted, in the order of the rows."""
@@ -78,8 +68,16 @@ def load_experts(args: ExpertGroupArgs) -> LoadedExperts:
     }
     took_s = time.monotonic() - started_s
     logger.info("%s: %.1f MiB of experts in %.2f s", args.group, weight_bytes / 2**20, took_s)
-    hidden_size = next(iter(layers.values())).shape.hidden_size
-    return LoadedExperts(layers, held, dtype, device, hidden_size, weight_bytes)
+    shape = next(iter(layers.values())).shape
+    merge = not args.deterministic or _may_merge(shape, dtype, device)
+    return LoadedExperts(layers, held, dtype, device, shape.hidden_size, weight_bytes, merge)
+
+
+def _may_merge(shape: ExpertShape, dtype: torch.dtype, device: torch.device) -> bool:
+    """In deterministic mode only if it leaves every row's bits as they are."""
+    num_up = shape.ffn_size * (2 if shape.gated else 1)
+    products = [(shape.hidden_size, num_up), (shape.ffn_size, shape.hidden_size)]
+    return ignores_row_count(dtype, device, products)
 
 
 def compute_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:

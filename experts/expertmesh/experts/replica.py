@@ -54,7 +54,7 @@ class Replica:
         self._loaded = loaded
         self._batcher = batcher
         self._telemetry = telemetry
-        self._probe = probe_for(loaded.device.type)
+        self._probe = probe_for(loaded.device.type, args.threads)
         self._device = self._probe.read()
         self._status = control_pb2.REPLICA_STATUS_READY
         self._resources = AsyncExitStack()
@@ -92,7 +92,7 @@ class Replica:
             loaded.compute,
             BatchLimits(),
             time.monotonic,
-            merge=loaded.may_merge(args),
+            merge=loaded.may_merge,
             on_batch=on_batch,
         )
         replica = cls(args, name, loaded, batcher, telemetry)

@@ -164,9 +164,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     def _timeout_s(self, context: Any) -> float:
         remaining_s: float | None = context.time_remaining()
-        if remaining_s is None:
-            return self._call_timeout_s
-        return min(remaining_s, self._call_timeout_s)
+        return self._call_timeout_s if remaining_s is None else remaining_s
 
 
 def _forward_response(

@@ -3,6 +3,7 @@
 import grpc
 
 DEFAULT_MAX_MESSAGE_BYTES = 256 << 20
+GREATEST_MAX_MESSAGE_BYTES = (1 << 31) - 1025  # gRPC's limits are 32-bit, and it adds a little
 _KEEPALIVE_MS = 10_000
 _KEEPALIVE_TIMEOUT_MS = 2_000
 _FRAME_BYTES = 1 << 20

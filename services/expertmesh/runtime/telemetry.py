@@ -190,7 +190,7 @@ def configure(
     settings = ExportSettings(
         service_name=f"expertmesh.{service_name}",
         instance=instance or f"{socket.gethostname()}:{os.getpid()}",
-        endpoint=_endpoint_url(otlp_endpoint),
+        endpoint=endpoint_url(otlp_endpoint),
         sample_frac=sample_frac,
         interval_s=export_interval_s,
     )
@@ -198,7 +198,8 @@ def configure(
     return Telemetry(metrics, tracer, shut_down)
 
 
-def _endpoint_url(endpoint: str) -> str:
+def endpoint_url(endpoint: str) -> str:
+    """The collector's URL; ConfigError if it has no host or no port."""
     url = endpoint if "://" in endpoint else f"http://{endpoint}"
     try:
         parts = urlsplit(url)
@@ -207,7 +208,7 @@ def _endpoint_url(endpoint: str) -> str:
     except ValueError:  # a port that is not a number
         pass
     raise ConfigError.of(
-        "telemetry.otlp_endpoint",
+        "otlp_endpoint",
         expected="host:port, http://host:port or https://host:port",
         got=repr(endpoint),
     )

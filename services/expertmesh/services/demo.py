@@ -14,7 +14,7 @@ from expertmesh.client.generate import Client
 from expertmesh.services.local import Endpoints, local_mesh
 from expertmesh.services.parity import compare, load_reference, pad_left, print_verdict
 from expertmesh.services.settings import MeshSettings
-from expertmesh.services.signals import cancelled_by_signals, forever
+from expertmesh.services.signals import forever
 from expertmesh.services.status import MeshView
 from expertmesh.v1 import control_pb2
 
@@ -28,18 +28,17 @@ Usage = Mapping[int, list[int]]
 async def run_demo(settings: MeshSettings, progress: Callable[[str], None], *, keep: bool) -> int:
     """Exit code 0 only if logits and tokens equal transformers'."""
     console = Console(highlight=False)
-    with cancelled_by_signals():
-        async with local_mesh(settings, progress) as endpoints:
-            prompts = _prompts(Path(settings.model))
-            used = {
-                domain: await asyncio.to_thread(_generate, console, domain, prompt, endpoints)
-                for domain, prompt in prompts.items()
-            }
-            _print_usage(console, used)
-            progress("comparing with transformers in this process")
-            equal = await asyncio.to_thread(_compare, settings, endpoints, list(prompts.values()))
-            if keep:
-                await _keep(endpoints)
+    async with local_mesh(settings, progress) as endpoints:
+        prompts = _prompts(Path(settings.model))
+        used = {
+            domain: await asyncio.to_thread(_generate, console, domain, prompt, endpoints)
+            for domain, prompt in prompts.items()
+        }
+        _print_usage(console, used)
+        progress("comparing with transformers in this process")
+        equal = await asyncio.to_thread(_compare, settings, endpoints, list(prompts.values()))
+        if keep:
+            await _keep(endpoints)
     progress("everything has stopped")
     verdict = "equal, bit for bit" if equal else "NOT equal"
     print(f"logits and tokens of the mesh and of single-process transformers: {verdict}")

@@ -10,23 +10,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from expertmesh.runtime.child import dying_with_parent
 from expertmesh.runtime.redis_server import EmbeddedRedis
 from expertmesh.services.health import wait_serving
-from expertmesh.services.preflight import check_before_start
-from expertmesh.services.ray_cluster import deploy, ray_cluster, wait_running
+from expertmesh.services.preflight import StartPlan, check_before_start
+from expertmesh.services.ray_cluster import (
+    deploy,
+    ray_cluster,
+    remove_application,
+    wait_running,
+)
 from expertmesh.services.serve_config import GATEWAY_APP, gateway_args, group_args, serve_config
 from expertmesh.services.settings import MeshSettings
+from expertmesh.services.signals import cancelled_by_signals
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 180.0
-T = TypeVar("T")
 _STOP_TIMEOUT_S = 15.0
 
 
@@ -71,35 +75,51 @@ async def local_mesh(
     settings = with_ports(settings)
     plan = check_before_start(settings)
     progress(plan.summary)
-    async with AsyncExitStack() as stack:
-        redis_url, described = await _redis(stack, settings)
-        progress(f"redis: {described}")
-        router = stack.enter_context(_router_process(settings, redis_url))
-        ray = stack.enter_context(ExitStack())
-        await _in_thread(ray.enter_context, ray_cluster())
-        progress("ray and ray serve are up")
-        groups = group_args(settings, plan.model, redis_url, plan.num_experts)
-        gateway = gateway_args(settings, plan.model, redis_url)
-        deploy(serve_config(settings, groups, gateway))
-        progress(f"starting {len(groups)} expert groups and the gateway")
-        names = [*(args.group for args in groups), GATEWAY_APP]
-        await wait_running(names, START_TIMEOUT_S, progress)
-        addresses = [f"{p.host}:{p.port}" for p in (settings.router, settings.gateway)]
-        for address in addresses:
-            await wait_serving(address, START_TIMEOUT_S, router)
-        progress(f"router at {addresses[0]}, gateway at {addresses[1]}")
-        yield Endpoints(plan.model, addresses[0], addresses[1], redis_url, described)
-        progress("stopping")
-        await asyncio.to_thread(ray.close)
+    with cancelled_by_signals() as handle_signals:
+        async with AsyncExitStack() as stack:
+            redis_url, described = await _redis(stack, settings)
+            progress(f"redis: {described}")
+            router = stack.enter_context(_router_process(settings, redis_url))
+            await _enter_in_thread(stack, ray_cluster())
+            handle_signals()  # Ray has put in handlers of its own
+            progress("ray and ray serve are up")
+            await _deploy(stack, settings, plan, redis_url, progress)
+            addresses = [f"{p.host}:{p.port}" for p in (settings.router, settings.gateway)]
+            for address in addresses:
+                await wait_serving(address, START_TIMEOUT_S, router)
+            progress(f"router at {addresses[0]}, gateway at {addresses[1]}")
+            yield Endpoints(plan.model, addresses[0], addresses[1], redis_url, described)
+            progress("stopping")
 
 
-async def _in_thread(function: Callable[[T], object], argument: T) -> None:
-    """Run it to its end even when cancelled: half of a Ray cluster cannot be shut down."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, argument))
+async def _deploy(
+    stack: AsyncExitStack,
+    settings: MeshSettings,
+    plan: StartPlan,
+    redis_url: str,
+    progress: Callable[[str], None],
+) -> None:
+    """Expert groups and gateway on the running Ray; leaving the stack stops the gateway first, so
+    that the text it is generating still finds its experts."""
+    groups = group_args(settings, plan.model, redis_url, plan.num_experts)
+    gateway = gateway_args(settings, plan.model, redis_url)
+    config = serve_config(settings, groups, gateway)
+    deploy(config)
+    stack.push_async_callback(remove_application, config, GATEWAY_APP)
+    progress(f"starting {len(groups)} expert groups and the gateway")
+    names = [*(args.group for args in groups), GATEWAY_APP]
+    await wait_running(names, START_TIMEOUT_S, progress)
+
+
+async def _enter_in_thread(stack: AsyncExitStack, context: AbstractContextManager[None]) -> None:
+    """Enter to the end even when cancelled: half of a Ray cluster cannot be shut down."""
+    inner = ExitStack()
+    stack.push_async_callback(asyncio.to_thread, inner.close)
+    entering = asyncio.ensure_future(asyncio.to_thread(inner.enter_context, context))
     try:
-        await asyncio.shield(running)
+        await asyncio.shield(entering)
     except asyncio.CancelledError:
-        await asyncio.wait([running])
+        await asyncio.wait([entering])
         raise
 
 

@@ -24,7 +24,6 @@ from expertmesh.runtime.tensors import from_proto, to_proto
 from expertmesh.services.checkpoints import model_dtype
 from expertmesh.services.local import Endpoints, local_mesh
 from expertmesh.services.settings import MeshSettings
-from expertmesh.services.signals import cancelled_by_signals
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc
 
 NUM_NEW_TOKENS = 16
@@ -186,12 +185,11 @@ def print_verdict(checks: Sequence[Check]) -> bool:
 
 async def run_parity(settings: MeshSettings, progress: Callable[[str], None]) -> int:
     """Serve the checkpoint, compare, stop. Exit code 0 only if everything is equal."""
-    with cancelled_by_signals():
-        async with local_mesh(settings, progress) as endpoints:
-            progress("loading the same checkpoint into this process as the reference")
-            reference = await asyncio.to_thread(load_reference, settings)
-            prompts = random_prompts(reference.config.get_text_config().vocab_size)
-            checks = await asyncio.to_thread(compare, reference, settings, endpoints, prompts)
+    async with local_mesh(settings, progress) as endpoints:
+        progress("loading the same checkpoint into this process as the reference")
+        reference = await asyncio.to_thread(load_reference, settings)
+        prompts = random_prompts(reference.config.get_text_config().vocab_size)
+        checks = await asyncio.to_thread(compare, reference, settings, endpoints, prompts)
     equal = print_verdict(checks)
     print(f"{endpoints.model}: {'EXACT' if equal else 'NOT EXACT'} against transformers")
     return 0 if equal else 1

@@ -10,6 +10,7 @@ from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.device import DeviceReading, probe_for
 from expertmesh.runtime.errors import InsufficientMemory
 from expertmesh.runtime.hf_config import load_config
+from expertmesh.runtime.telemetry import endpoint_url
 from expertmesh.services.checkpoints import model_dtype, model_name
 from expertmesh.services.settings import ExpertsSettings, MeshSettings
 
@@ -34,6 +35,8 @@ def check_before_start(settings: MeshSettings) -> StartPlan:
         ConfigError: fewer groups than 1 or more than experts.
         InsufficientMemory: the replicas do not fit this machine; says the numbers.
     """
+    if settings.otlp_endpoint:
+        endpoint_url(settings.otlp_endpoint)
     path = Path(settings.model)
     checkpoint = Checkpoint.open(path)
     config = load_config(path)

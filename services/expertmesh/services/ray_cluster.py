@@ -21,7 +21,6 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # it kills replicas when other processes fill the host
     "RAY_DEDUP_LOGS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _LOGICAL_CPUS = 64  # replicas reserve none by default; Ray's own actors need some
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it
@@ -62,11 +61,22 @@ def ray_cluster(host: str = "127.0.0.1") -> Iterator[None]:
 
 def _delete_applications() -> None:
     """Drain and stop all replicas. `serve.shutdown` would too, but prints an error of its own."""
+    deploy({"applications": []})
+    _wait_gone(lambda applications: not applications)
+
+
+async def remove_application(config: Mapping[str, Any], name: str) -> None:
+    """Deploy `config` without one application and wait until that has drained and gone."""
+    others = [app for app in config["applications"] if app["name"] != name]
+    deploy({**config, "applications": others})
+    await asyncio.to_thread(_wait_gone, lambda applications: name not in applications)
+
+
+def _wait_gone(gone: Callable[[Mapping[str, Any]], bool]) -> None:
     from ray import serve
 
-    deploy({"applications": []})
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
-    while serve.status().applications and time.monotonic() < deadline_s:
+    while not gone(serve.status().applications) and time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
 
 

@@ -38,7 +38,6 @@ def group_args(
             mesh=settings.mesh,
             dtype=settings.dtype,
             device=experts.device,
-            num_replicas=experts.replicas,
             num_gpus=experts.num_gpus,
             num_cpus=experts.num_cpus,
             threads=experts.threads,
@@ -75,13 +74,17 @@ def serve_config(
     settings: MeshSettings, groups: list[ExpertGroupArgs], gateway: GatewayArgs
 ) -> dict[str, Any]:
     """The document; applications not in it are deleted when it is deployed."""
-    limits = settings.experts.limits.model_dump()
+    # not in args: a change of these restarts nothing
+    scaled = {
+        "num_replicas": settings.experts.replicas,
+        "user_config": settings.experts.limits.model_dump(),
+    }
     applications = [
         application(
             args.group,
             EXPERTS_IMPORT_PATH,
             args,
-            [{"name": args.group, "num_replicas": args.num_replicas, "user_config": limits}],
+            [{"name": args.group, **scaled}],
         )
         for args in groups
     ]

@@ -1,11 +1,18 @@
 """The configuration of a mesh: one YAML file, one schema, shared by every command."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from expertmesh.experts.limits import BatchLimits, Heartbeats
-from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
+from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES, GREATEST_MAX_MESSAGE_BYTES
 from expertmesh.runtime.config import Settings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -92,7 +99,9 @@ class MeshSettings(Settings):
     """Compute dtype of gateway and experts; "auto" is the checkpoint's."""
     deterministic: bool = False
     """Give every caller the bits it would get alone, whoever else is served; slower under load."""
-    max_message_bytes: PositiveInt = DEFAULT_MAX_MESSAGE_BYTES
+    max_message_bytes: int = Field(
+        default=DEFAULT_MAX_MESSAGE_BYTES, ge=1, le=GREATEST_MAX_MESSAGE_BYTES
+    )
     """Largest gRPC message anywhere in the mesh."""
     otlp_endpoint: str | None = None
     """OpenTelemetry collector, "host:port"; none switches telemetry off."""
@@ -102,3 +111,12 @@ class MeshSettings(Settings):
     experts: ExpertsSettings = ExpertsSettings()
     router: RouterSettings = RouterSettings()
     gateway: GatewaySettings = GatewaySettings()
+
+    @model_validator(mode="after")
+    def _deterministic_to_the_end(self) -> Self:
+        if self.deterministic and self.gateway.engine == "continuous":
+            raise ValueError(
+                "gateway.engine: batching prompts changes bits, so a deterministic mesh takes "
+                "'auto' or 'exact'"
+            )
+        return self

@@ -2,15 +2,18 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def cancelled_by_signals() -> Iterator[None]:
-    """The first signal cancels the current task, which cleans up; a second acts as if unhandled."""
+def cancelled_by_signals() -> Iterator[Callable[[], None]]:
+    """The first signal cancels the current task, which cleans up; a second acts as if unhandled.
+
+    Yields a function that handles the signals again after a library has replaced the handlers.
+    """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task
 
@@ -18,14 +21,17 @@ def cancelled_by_signals() -> Iterator[None]:
         unhandle()
         task.cancel()
 
+    def handle() -> None:
+        for signum in _SIGNALS:
+            loop.add_signal_handler(signum, cancel)
+
     def unhandle() -> None:
         for signum in _SIGNALS:
             loop.remove_signal_handler(signum)
 
-    for signum in _SIGNALS:
-        loop.add_signal_handler(signum, cancel)
+    handle()
     try:
-        yield
+        yield handle
     finally:
         unhandle()
 

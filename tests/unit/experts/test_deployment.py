@@ -33,7 +33,7 @@ def test_the_build_module_needs_no_torch() -> None:
 
 def test_five_fields_make_a_group() -> None:
     args = validate(ExpertGroupArgs, NEEDED)
-    assert (args.num_replicas, args.num_gpus, args.port, args.host) == (1, 0.0, 0, "")
+    assert (args.num_gpus, args.port, args.host) == (0.0, 0, "")
     for name in NEEDED:
         with pytest.raises(ConfigError, match=f"^{name}: Field required"):
             validate(ExpertGroupArgs, {key: value for key, value in NEEDED.items() if key != name})
@@ -50,13 +50,14 @@ def test_ids_by_layer_survive_json() -> None:
     [
         ({"replicas": 2}, "replicas: no such field"),
         ({"group": ""}, "group: .* at least 1 character"),
-        ({"num_replicas": 0}, "num_replicas: .* greater than 0"),
+        ({"num_replicas": 2}, "num_replicas: no such field"),
         ({"num_gpus": -0.5}, "num_gpus: .* greater than or equal to 0"),
         ({"threads": 0}, "threads: .* greater than 0"),
         ({"port": -1}, "port: .* greater than or equal to 0"),
-        ({"max_message_bytes": 0}, "max_message_bytes: .* greater than 0"),
+        ({"max_message_bytes": 0}, "max_message_bytes: .* greater than or equal to 1"),
         ({"heartbeat_s": 0}, "heartbeat_s: .* greater than 0"),
         ({"lease_s": 1000}, "lease_s: .* less than or equal to 600"),
+        ({"heartbeat_s": 2, "lease_s": 3}, "at least 2 \\* heartbeat_s, 4 s"),
         ({"experts": 3}, "experts"),
     ],
 )
@@ -81,11 +82,10 @@ def test_limits_refuse_negative_waits_and_other_fields() -> None:
 
 
 def test_the_application_is_one_deployment_named_like_its_group() -> None:
-    args = validate(ExpertGroupArgs, NEEDED | {"num_replicas": 3, "num_gpus": 0.25, "num_cpus": 2})
+    args = validate(ExpertGroupArgs, NEEDED | {"num_gpus": 0.25, "num_cpus": 2})
     deployment = build(args)._bound_deployment
     assert deployment.name == "g0"
     assert getattr(deployment.func_or_class, "__name__", "") == ExpertGroup.__name__
-    assert deployment.num_replicas == 3
     assert deployment.ray_actor_options == {"num_gpus": 0.25, "num_cpus": 2.0}
     assert deployment.user_config == BatchLimits().model_dump()
     assert deployment.init_args == (args,)

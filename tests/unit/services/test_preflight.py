@@ -54,8 +54,8 @@ def test_experts_that_do_not_fit_are_counted(mixtral: Path) -> None:
     fields = caught.value.fields
     assert int(fields["needed_bytes"]) == 16 * EXPERT_BYTES * 10**9
     assert 0 < int(fields["free_bytes"]) < int(fields["needed_bytes"])
-    assert "experts need 1072.88 TiB" in caught.value.message
-    assert "free. Use more groups, a smaller dtype, or a larger device" in caught.value.message
+    assert "need 1072.88 TiB" in caught.value.message
+    assert "free. Use fewer replicas, a smaller dtype, or more machines" in caught.value.message
 
 
 @pytest.mark.parametrize("elsewhere", [{"experts__num_gpus": 0.5}, {"experts__device": "cuda"}])

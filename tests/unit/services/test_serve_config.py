@@ -101,10 +101,10 @@ def test_every_setting_reaches_the_groups() -> None:
         "reject_nonfinite": True,
     }
     nested = {f"experts__{name}": value for name, value in of_experts.items()}
-    settings = settings_of(**changed, **nested, experts__replicas=2)
+    settings = settings_of(**changed, **nested)
     (args, *_) = group_args(settings, "tiny", REDIS_URL, 8)
     fixed = {"group": "g0", "experts": "0-1", "model": "tiny", "redis_url": REDIS_URL, "port": 0}
-    expected = changed | of_experts | fixed | {"model_dir": "/models/tiny", "num_replicas": 2}
+    expected = changed | of_experts | fixed | {"model_dir": "/models/tiny"}
     assert args.model_dump() == expected
 
 

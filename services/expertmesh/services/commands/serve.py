@@ -30,14 +30,13 @@ def run(args: argparse.Namespace) -> int:
 
 async def _serve(settings: MeshSettings) -> None:
     from expertmesh.services.local import local_mesh
-    from expertmesh.services.signals import cancelled_by_signals, forever
+    from expertmesh.services.signals import forever
 
     progress = progress_printer()
-    with cancelled_by_signals():
-        async with local_mesh(settings, progress) as endpoints:
-            print(f"model    {endpoints.model}")
-            print(f"gateway  {endpoints.gateway}   GenerateService, ControlService")
-            print(f"router   {endpoints.router}   RouterService, ControlService")
-            print(f"redis    {endpoints.redis_url}", flush=True)
-            await forever()
+    async with local_mesh(settings, progress) as endpoints:
+        print(f"model    {endpoints.model}")
+        print(f"gateway  {endpoints.gateway}   GenerateService, ControlService")
+        print(f"router   {endpoints.router}   RouterService, ControlService")
+        print(f"redis    {endpoints.redis_url}", flush=True)
+        await forever()
     progress("stopped")

@@ -127,7 +127,8 @@ class Gateway:
 
 def _load(args: GatewayArgs, caller: CoreCaller) -> Any:
     config = load_config(Path(args.model_dir))
-    return load_skeleton(args.model_dir, caller, dtype=model_dtype(args.dtype, config))
+    model = load_skeleton(args.model_dir, caller, dtype=model_dtype(args.dtype, config))
+    return model.to("cuda") if args.num_gpus and torch.cuda.is_available() else model
 
 
 def experts_of(model: Any) -> dict[int, int]:
