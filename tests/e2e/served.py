@@ -14,7 +14,10 @@ from pathlib import Path
 import psutil
 from tests.e2e.readme import ROOT, commands
 
+from expertmesh.client import Client
+
 STOP_S = 60.0
+NUM_LAST = 100
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,17 @@ def serving() -> Iterator[Served]:
     try:
         endpoints = _endpoints(process)
         yield Served(process, endpoints["gateway"], endpoints["router"])
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(STOP_S)
+        with Client(endpoints["gateway"]) as client:
+            chunks = client.generate("import os", max_new_tokens=NUM_LAST, ignore_eos=True)
+            next(chunks)
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)  # text that is being generated must not be cut
+            last = list(chunks)[-1]
+        assert (last.finish_reason, last.generated_tokens) == ("length", NUM_LAST)
+        assert process.wait(STOP_S) == 0
         _, alive = psutil.wait_procs(children, timeout=STOP_S)
-        assert code == 0
         assert not alive, f"left over: {[child.cmdline()[:3] for child in alive]}"
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(STOP_S)
