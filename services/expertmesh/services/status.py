@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Self
 
 import grpc
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -13,6 +14,7 @@ from expertmesh.experts.sizing import format_bytes
 from expertmesh.v1 import control_pb2, control_pb2_grpc
 
 _TIMEOUT_S = 5.0
+_BOX = box.SIMPLE_HEAD
 
 
 class MeshView:
@@ -61,30 +63,30 @@ def table(snapshot: control_pb2.GetSnapshotResponse) -> Table:
         f"mesh {snapshot.mesh}: {len(snapshot.replicas)} replicas, {redis} "
         f"(heard {snapshot.redis_age_ms / 1e3:.1f} s ago)"
     )
-    columns = ("group", "replica", "state", "experts", "address", "weights", "device", "free")
-    shown = Table(*columns, "busy", "queued rows", "us/row", "rows done", "heard", title=title)
+    columns = ("group", "replica", "state", "experts", "weights", "device memory free")
+    shown = Table(*columns, "busy", "queued", "us/row", "done", "heard", title=title, box=_BOX)
     for view in snapshot.replicas:
         shown.add_row(*map(escape, _row(view)))
     return shown
 
 
 def _row(view: control_pb2.ReplicaView) -> list[str]:
-    state = view.state
+    """What fits a terminal of 100 columns; `--json` has the rest."""
+    state, device = view.state, view.state.device
     name = control_pb2.ReplicaStatus.Name(state.status).removeprefix("REPLICA_STATUS_").lower()
+    free = f"{format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)}"
     return [
         state.group,
         state.replica,
         f"aside: {view.set_aside}" if view.set_aside else name,
         _experts(state),
-        state.address,
         format_bytes(state.weight_bytes),
-        state.device.kind,
-        f"{format_bytes(state.device.free_bytes)} of {format_bytes(state.device.total_bytes)}",
-        f"{state.device.utilisation_frac:.0%}",
+        f"{device.kind} {free}",
+        f"{device.utilisation_frac:.0%}",
         str(state.load.queued_rows),
         f"{state.load.row_time_us:.0f}",
         str(state.load.done_rows),
-        f"{view.age_ms} ms ago",
+        f"{view.age_ms / 1e3:.1f} s",
     ]
 
 
