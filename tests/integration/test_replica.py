@@ -139,9 +139,8 @@ async def test_the_heartbeat_says_what_it_holds_and_how_it_is(
 
 async def test_health_runs_a_real_row(mesh: Mesh, checkpoint: MakeCheckpoint) -> None:
     replica = await mesh.replica(checkpoint("mixtral"))
-    before = replica.load().done_rows
     await replica.check_health()
-    assert replica.load().done_rows == before + 1
+    assert replica.load().done_rows == 0, "a health check says nothing about load"
     first = replica._loaded.layers[0]
     first._down_SDF.fill_(torch.nan)
     with pytest.raises(InternalError, match=r"expert 0 gave .* not finite"):
