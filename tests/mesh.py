@@ -71,7 +71,12 @@ class Mesh:
         trace: TracebackType | None,
     ) -> None:
         await self._routers.aclose()
+        await self.stop_replicas()
+
+    async def stop_replicas(self) -> None:
+        """All of them; they send their last telemetry."""
         await asyncio.gather(*(replica.drain_and_stop() for replica in self._replicas))
+        self._replicas.clear()
 
     async def replica(
         self, path: Path, experts: str = "0-7", name: str = "g0#1", **args: Any

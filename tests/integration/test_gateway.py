@@ -9,6 +9,7 @@ import grpc
 import pytest
 import torch
 from tests.checkpoints import VOCAB_SIZE
+from tests.collector import collecting
 from tests.mesh import HOST, MODEL, MakeCheckpoint, Mesh
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ from expertmesh.runtime.errors import (
     InvalidInput,
     MessageTooLarge,
 )
+from expertmesh.runtime.telemetry import configure
 from expertmesh.runtime.tensors import from_proto, to_proto
 from expertmesh.services.gateway.deployment import GatewayArgs
 from expertmesh.services.gateway.gateway import Gateway
@@ -139,3 +141,32 @@ async def test_wrong_scores_are_refused_and_the_next_is_answered(
         with pytest.raises(MessageTooLarge):
             await score(address, tokens=to_proto(torch.zeros(1, 5).long()))
         assert (await score(address, tokens=good)).shape == (1, 4, VOCAB_SIZE)
+
+
+async def test_one_trace_from_client_to_batch(mesh: Mesh, checkpoint: MakeCheckpoint) -> None:
+    path = checkpoint("mixtral")
+    with collecting() as (collector, url):
+        client = configure("client", url)
+        await mesh.replicas(path, 2, otlp_endpoint=url)
+        async with running_gateway(mesh, path, otlp_endpoint=url) as address:
+            with client.span("client.generate"):
+                await tokens_of(address, [5, 6, 7], num_new=3)
+        client.shutdown()
+        await mesh.stop_replicas()
+        spans = {span.span_id: span for span in collector.all_spans}
+    [root] = [span for span in spans.values() if span.name == "client.generate"]
+    own = [span for span in spans.values() if span.trace_id == root.trace_id]
+    chains = {chain_of(span, spans) for span in own if span.name == "expert.batch"}
+    assert chains == {
+        "client.generate > gateway.Generate > router.dispatch > router.send > expert.compute > "
+        "expert.batch"
+    }
+    num_forwards, num_layers = 3, 2  # the prompt's gives the first token
+    names = [span.name for span in own]
+    assert names.count("router.dispatch") == num_forwards * num_layers
+
+
+def chain_of(span: Any, spans: dict[bytes, Any]) -> str:
+    """The names from the root down."""
+    above = spans.get(span.parent_span_id)
+    return f"{chain_of(above, spans)} > {span.name}" if above else str(span.name)
