@@ -173,7 +173,9 @@ class Mesh:
         publisher = replica._publisher
         assert publisher is not None
         assert publisher._task is not None
+        publisher._leaving = True  # ends the loop; redis-py may swallow a cancellation
         publisher._task.cancel()
+        await asyncio.wait([publisher._task])
         await replica._server._server.stop(None)
         await publisher._redis.aclose()
         await replica._batcher.__aexit__(None, None, None)

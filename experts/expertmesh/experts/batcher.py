@@ -179,7 +179,8 @@ class MicroBatcher:
                 return
             self._arrived.clear()
             try:
-                await asyncio.wait_for(self._arrived.wait(), left_s)
+                async with asyncio.timeout(left_s):  # wait_for may swallow our end (Python < 3.12)
+                    await self._arrived.wait()
             except TimeoutError:
                 self._arrived.set()
 

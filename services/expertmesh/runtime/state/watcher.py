@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 # Redis keeps nothing on disk: after a restart it is empty, and replicas need a moment to come back.
 _RETURN_GRACE_S = 1.0
 _RECHECK_S = 0.05
+_CANCEL_AGAIN_S = 0.02
 _SCAN_COUNT = 500
 _MAX_WARNED_SOURCES = 1000
 
@@ -109,8 +110,9 @@ class MeshWatcher:
         traceback: TracebackType | None,
     ) -> None:
         assert self._task is not None
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        while not self._task.done():
+            self._task.cancel()  # again: redis-py's asyncio.wait_for can swallow it (Python < 3.12)
+            await asyncio.wait([self._task], timeout=_CANCEL_AGAIN_S)
         await self._redis.aclose()
 
     async def _run(self) -> None:
