@@ -32,6 +32,8 @@ MakeCheckpoint = Callable[..., Path]
 """Of the fixture `checkpoint`."""
 MODEL = "tiny"
 HOST = "127.0.0.1"
+LEASE_S = 10.0
+"""Everything here shares one event loop and one GIL: on a busy machine heartbeats come late."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Mesh:
             "redis_url": self.redis_url,
             "mesh": self.name,
             "host": HOST,
+            "lease_s": LEASE_S,
         }
         started = await Replica.start(ExpertGroupArgs(**(fields | args)), name)
         self._replicas.append(started)

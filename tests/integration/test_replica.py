@@ -111,7 +111,7 @@ async def test_the_heartbeat_says_what_it_holds_and_how_it_is(
     mesh: Mesh, checkpoint: MakeCheckpoint
 ) -> None:
     async with mesh.view() as states:
-        replica = await mesh.replica(checkpoint("mixtral"), "0-3")
+        replica = await mesh.replica(checkpoint("mixtral"), "0-3", lease_s=4)
         assert await until(lambda: "g0#1" in states) < 1
         state = states["g0#1"]
         assert (state.group, state.replica, state.model) == ("g0", "g0#1", MODEL)
@@ -123,7 +123,7 @@ async def test_the_heartbeat_says_what_it_holds_and_how_it_is(
         assert abs(device.used_bytes - process.memory_info().rss) < 256 << 20
         assert 0 < device.free_bytes < device.total_bytes
         assert state.load.free_bytes == device.free_bytes
-        assert state.lease_ms == 1000
+        assert state.lease_ms == 4000
         async with ExpertCaller(replica.address) as caller:
             done_rows = state.load.done_rows
             with stalled(replica):
