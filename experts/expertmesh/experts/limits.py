@@ -23,7 +23,7 @@ class Heartbeats(Settings):
 
     heartbeat_s: float = Field(default=0.2, gt=0, le=60)
     """Time between a replica's heartbeats."""
-    lease_s: float = Field(default=1.0, ge=1, le=600)
+    lease_s: float = Field(default=3.0, ge=1, le=600)
     """Time after which a replica not heard from does not exist; at least two heartbeats."""
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import math
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR
 from transformers.generation.continuous_batching.continuous_api import (
@@ -185,6 +186,7 @@ class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
             raise _StepFailed(error) from error
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        torch.get_num_threads()  # makes torch set OpenMP's number, which belongs to the thread
         try:
             return bool(super()._generation_loop_body(batch_processor, bootstrapping))
         except _StepFailed as failed:

@@ -25,7 +25,8 @@ class ExactEngine:
     def __init__(self, model: Any, config: EngineConfig) -> None:
         self._model = model
         self._admission = Admission(1 + config.max_waiting)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+        # OpenMP's number of threads belongs to the thread; asking torch for it makes torch set it
+        self._worker = ThreadPoolExecutor(1, "generate", torch.get_num_threads)
         self._stop_all = threading.Event()
 
     @property

@@ -148,7 +148,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         self._keys = itertools.count()
         self._max_response_bytes = max_response_bytes
         self._scores = Admission(1 + max_waiting_scores)
-        self._score_worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="score")
+        self._score_worker = ThreadPoolExecutor(1, "score", torch.get_num_threads)
 
     def traceparents(self) -> tuple[str, ...]:
         """Of the calls that run now: a forward of the engine belongs to all of them."""
