@@ -1,0 +1,1 @@
+"""What all benchmarks share: contestants in turns, what processes cost, a mesh, reports."""
