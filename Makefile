@@ -51,6 +51,9 @@ integration: $(STAMP)  ## tests with real Redis and gRPC
 e2e: $(STAMP)  ## tests of the whole mesh in processes, with real Ray
 	$(BIN)/python -m pytest tests/e2e
 
+bench: $(STAMP)  ## benchmarks side by side with peers, into benchmarks/results (ONLY="overhead dense": some)
+	$(BIN)/python -m benchmarks $(ONLY)
+
 check: $(STAMP)  ## formatting, lint, types, layers, generated code
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

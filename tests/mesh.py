@@ -207,11 +207,13 @@ class Stall:
 def stalled(replica: Replica) -> Iterator[Stall]:
     """A replica whose device does nothing until released, or until the block ends."""
     batcher = replica._batcher
-    original = batcher._compute
+    original, limits = batcher._compute, batcher.limits
     stall = Stall(original)
     batcher._compute = stall.compute
+    # on the spot it would stall the event loop, which here is the test's own
+    batcher.limits = limits.model_copy(update={"at_once_s": 0})
     try:
         yield stall
     finally:
         stall.release()
-        batcher._compute = original
+        batcher._compute, batcher.limits = original, limits

@@ -39,7 +39,10 @@ class Turn:
 class Contestant(Protocol):
     """Something that can be measured for a while."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Under which its turns are filed."""
+        ...
 
     def turn(self, seconds: float) -> Turn:
         """Work in a closed loop for about `seconds`."""

@@ -31,7 +31,7 @@ WIDTH = 110
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_SPAN = re.compile(r"(?:span|record)\(\s*(?:context, )?f?\"([a-z]+\.[\w{}]+)\"")
+_SPAN = re.compile(r"(?:span|record|start)\(\s*(?:context, )?f?\"([a-z]+\.[\w{}]+)\"")
 
 
 def text_of(name: str) -> str:

@@ -5,12 +5,12 @@ R rows, D hidden size, X experts of one request. Pure.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class PackedRows:
+class PackedRows(NamedTuple):
     """Rows for some experts of one layer, sorted by expert."""
 
     layer: int

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -41,8 +41,7 @@ class LoadStats:
         self.done_rows += num_rows
 
 
-@dataclass(frozen=True)
-class Computed:
+class Computed(NamedTuple):
     """One request's answer."""
 
     rows_RD: torch.Tensor
@@ -129,6 +128,8 @@ class MicroBatcher:
             DeadlineExceeded: `timeout_s` passed before the rows were computed.
         """
         self._admit(rows)
+        if not alone and self.computes_at_once(rows.num_rows):
+            return self._compute_now(rows)
         now_s = self._clock()
         work = _Work(rows, now_s, None if timeout_s is None else now_s + timeout_s, alone)
         self.stats.queued_rows += rows.num_rows
@@ -141,6 +142,31 @@ class MicroBatcher:
             self.stats.queued_rows -= rows.num_rows
             if not self.stats.queued_rows:
                 self._idle.set()
+
+    def computes_at_once(self, num_rows: int) -> bool:
+        """Whether `submit` would compute that many rows before it returns to the event loop."""
+        return (
+            not self.stats.queued_rows
+            and 0 < self.stats.row_time_us * num_rows <= self.limits.at_once_s * 1e6
+            and not self.limits.max_wait_s
+        )
+
+    def _compute_now(self, rows: PackedRows) -> Computed:
+        """On the event loop: for a few rows shorter than handing them to the thread and back."""
+        try:
+            [rows_RD], compute_s = self._timed([rows])
+        except Exception as error:
+            raise self._failed(error) from error
+        self._account(rows.num_rows, 0.0, compute_s)
+        return Computed(rows_RD, 0.0, compute_s, rows.num_rows)
+
+    def _failed(self, error: Exception) -> InternalError:
+        logger.error("a batch failed", exc_info=error)
+        return InternalError("the batch failed; see the replica's log")
+
+    def _account(self, num_rows: int, queue_s: float, compute_s: float) -> None:
+        self.stats.observe(num_rows, queue_s, compute_s)
+        self._on_batch(num_rows, compute_s)
 
     def _admit(self, rows: PackedRows) -> None:
         if self._draining:
@@ -223,27 +249,28 @@ class MicroBatcher:
         started_s = self._clock()
         requests = [work.rows for work in batch]
         try:
-            outputs = await loop.run_in_executor(self._thread, self._outputs, requests)
+            outputs, compute_s = await loop.run_in_executor(self._thread, self._timed, requests)
         except Exception as error:
-            logger.error("a batch failed", exc_info=error)
-            self._fail_all(batch, InternalError("the batch failed; see the replica's log"))
+            self._fail_all(batch, self._failed(error))
             return
         except asyncio.CancelledError:  # closing: nobody will wait for these outputs
             self._fail_all(batch, Draining("the replica has stopped"))
             raise
-        compute_s = self._clock() - started_s
         num_rows = sum(rows.num_rows for rows in requests)
         if not batch[0].alone:  # a health check says nothing about load
-            self.stats.observe(num_rows, started_s - batch[0].arrived_s, compute_s)
-            self._on_batch(num_rows, compute_s)
+            self._account(num_rows, started_s - batch[0].arrived_s, compute_s)
         for work, rows_RD in zip(batch, outputs, strict=True):
             if not work.answer.done():
                 queue_s = started_s - work.arrived_s
                 work.answer.set_result(Computed(rows_RD, queue_s, compute_s, num_rows))
 
+    def _timed(self, requests: list[PackedRows]) -> tuple[list[torch.Tensor], float]:
+        started_s = self._clock()
+        outputs = self._outputs(requests)
+        return outputs, self._clock() - started_s
+
     def _outputs(self, requests: list[PackedRows]) -> list[torch.Tensor]:
-        with torch.inference_mode():
-            if not self._merge:
-                return [self._compute(rows) for rows in requests]
-            batch = merge(requests)
-            return split(batch, self._compute(batch.rows), len(requests))
+        if len(requests) == 1 or not self._merge:
+            return [self._compute(rows) for rows in requests]
+        batch = merge(requests)
+        return split(batch, self._compute(batch.rows), len(requests))

@@ -49,7 +49,7 @@ class ExpertSpec:
     limit: float = 0.0
     alpha: float = 0.0
     gate_up_transposed: bool = False
-    """Kept [in, out] in memory. The bits of a float32 product depend on it (facts/models.md 7)."""
+    """Kept [in, out] in memory. The bits of a float32 product depend on it (docs/exactness.md)."""
     down_transposed: bool = False
     interleaved: bool = False
     """Gate and up alternate along the output dimension instead of following each other."""

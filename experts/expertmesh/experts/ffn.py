@@ -128,7 +128,7 @@ class ExpertFFN:
         The same operations in the same order as grouped_mm_experts_forward in
         transformers/integrations/moe.py, without its weights and its sum over slots. All rows of
         an expert go through one product: float32 bits depend on how many rows there are and, with
-        several threads, on where a row lies among them (facts: tests/unit/experts/test_ffn.py).
+        several threads, on where a row lies among them (tests/unit/experts/test_ffn.py).
 
         Args:
             rows_RD: on this device, in this dtype.
@@ -227,6 +227,8 @@ def looped_product(
     It is what grouped_mm does on a CPU, but pays nothing for slots without rows: with 4 of 64
     active, 48 us instead of 150 (128 x 256, float32, one thread).
     """
+    if len(slots) == 1:  # a decode step: nothing to slice
+        return torch.mm(rows_RI, weights_SIO[slots[0]])
     out_RO = rows_RI.new_empty(len(rows_RI), weights_SIO.shape[-1])
     start = 0
     for slot, count in zip(slots, num_rows, strict=True):

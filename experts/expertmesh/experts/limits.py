@@ -14,6 +14,9 @@ class BatchLimits(Settings):
     """Rows in one batch at most; larger batches compute faster per row and hold memory longer."""
     max_wait_s: NonNegativeFloat = 0.0
     """How long a batch that is not full waits for more rows; 0 takes what is queued at once."""
+    at_once_s: NonNegativeFloat = 0.0005
+    """Rows that come to an idle replica and are expected to take no longer are computed on the
+    spot, without the queue's change of threads; 0 queues everything."""
     max_queue_rows: PositiveInt = 65536
     """Rows admitted and not yet answered at most; beyond it callers get QueueFull."""
 

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _PROPAGATION_S = 0.1  # a pub/sub message reaches every router well within this
 _STOP_GRACE_S = 2.0
+_VERSION = version("expertmesh")
 
 
 class Replica:
@@ -150,7 +151,7 @@ class Replica:
             pid=os.getpid(),
             host=socket.gethostname(),
             deterministic=self._args.deterministic,
-            version=version("expertmesh"),
+            version=_VERSION,
             max_batch_rows=self._batcher.limits.max_batch_rows,
             max_queue_rows=self._batcher.limits.max_queue_rows,
         )

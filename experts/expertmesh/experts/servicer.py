@@ -84,7 +84,11 @@ class ExpertServicer:
                     except MalformedMessage as error:  # has no id to answer to: it ends the stream
                         broken = error
                         break
-                    answers.create_task(self._answer_on(context, write_lock, header, payload))
+                    answer = self._answer_on(context, write_lock, header, payload)
+                    if self._batcher.computes_at_once(sum(header.rows_per_expert)):
+                        await answer
+                    else:
+                        answers.create_task(answer)
         except* grpc.aio.BaseError as gone:
             logger.debug("a caller left before its answers: %s", gone.exceptions[0])
         if broken:  # what came before it has been answered

@@ -15,8 +15,8 @@ import torch
 from expertmesh.router.combine import CombineMode, combine
 from expertmesh.router.plan import Shipment, plan, slot_order, slots_by_expert
 from expertmesh.router.policy import pick_replica
-from expertmesh.router.shipping import STAGE, Shipper
-from expertmesh.router.snapshot import Key, Replica, Snapshot
+from expertmesh.router.shipping import STAGE, CallRows, Shipper
+from expertmesh.router.snapshot import Key, Life, Replica, Snapshot
 from expertmesh.router.usage import ExpertUsage
 from expertmesh.router.validate import check_routing
 from expertmesh.runtime.errors import (
@@ -181,20 +181,41 @@ class RouterCore:
         top_k = len(experts_S) // max(1, hidden_TD.shape[0])
         failed: dict[str, ExpertMeshError] = {}
         while slots:
-            replicas = self.snapshot.replicas  # of this round, whatever leaves meanwhile
             shipments = self._plan(layer, slots, failed)
-            left_s = deadline_s - self._clock()
-            calls = [
-                self._ship(replicas[s.replica], layer, hidden_TD, top_k, s, outputs_SD, left_s)
-                for s in shipments
-            ]
-            errors = [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
-            again: list[int] = []
-            for shipment, error in zip(shipments, errors, strict=True):
-                if error is not None:
-                    failed[shipment.replica] = error
-                    again += shipment.slots_R
-            slots = slots_by_expert(experts_S, again)
+            call = CallRows.gather(layer, hidden_TD, top_k, shipments)
+            again = await self._ship(call, shipments, failed, deadline_s - self._clock())
+            outputs_SD.index_copy_(0, call.slots_S, call.outputs_SD)  # failed ones: another round
+            slots = slots_by_expert(experts_S, again) if again else {}
+
+    async def _ship(
+        self,
+        call: CallRows,
+        shipments: Sequence[Shipment],
+        failed: dict[str, ExpertMeshError],
+        timeout_s: float,
+    ) -> list[int]:
+        """Send a round of shipments. Returns the slots that other replicas must be asked for."""
+        replicas = [self.snapshot.replicas[shipment.replica] for shipment in shipments]
+        parcels = list(call.parcels(shipments, replicas))
+        answers = await self._shipper.ship(call, parcels, timeout_s)
+        loads: list[tuple[Life, control_pb2.ReplicaLoad]] = []
+        again: list[int] = []
+        for parcel, answer in zip(parcels, answers, strict=True):
+            if error := answer.exception():
+                failed[parcel.replica.name] = self._mendable(parcel.replica, error)
+                again += parcel.shipment.slots_R
+            else:
+                loads.append((parcel.replica.life, answer.result()[0].load))
+        self._swap(self.snapshot.with_loads(loads, self._clock()))
+        return again
+
+    def _mendable(self, replica: Replica, error: BaseException) -> ExpertMeshError:
+        """The error if another replica can mend it; raises it otherwise."""
+        if isinstance(error, StreamClosed | Draining):
+            self._swap(self.snapshot.without_work_for(replica.life, error.message))
+        elif not isinstance(error, QueueFull):
+            raise error
+        return error
 
     def _plan(
         self, layer: int, slots: Mapping[int, Sequence[int]], failed: Mapping[str, ExpertMeshError]
@@ -218,29 +239,7 @@ class RouterCore:
         replica = self.snapshot.replicas[name]
         return replica.load.queued_rows + self._shipper.in_flight_rows(replica.life)
 
-    async def _ship(
-        self,
-        replica: Replica,
-        layer: int,
-        hidden_TD: torch.Tensor,
-        top_k: int,
-        shipment: Shipment,
-        outputs_SD: torch.Tensor,
-        timeout_s: float,
-    ) -> ExpertMeshError | None:
-        """Send one shipment and store its rows. Returns an error that another replica can mend."""
-        try:
-            done = await self._shipper.ship(replica, layer, hidden_TD, top_k, shipment, timeout_s)
-        except (StreamClosed, Draining) as error:
-            self._swap(self.snapshot.without_work_for(replica.life, error.message))
-            return error
-        except QueueFull as error:
-            return error
-        self._swap(self.snapshot.with_load(replica.life, done.load, self._clock()))
-        outputs_SD[done.slots_R] = done.rows_RD
-        return None
-
-    def in_flight_rows(self, life: tuple[str, int]) -> int:
+    def in_flight_rows(self, life: Life) -> int:
         """Rows sent to a replica and not yet answered."""
         return self._shipper.in_flight_rows(life)
 

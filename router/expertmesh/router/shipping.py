@@ -1,37 +1,72 @@
-"""Sending the rows of one shipment to one replica and getting its outputs back.
+"""Sending the rows of a call to the replicas that the plan names, and filing their outputs.
 
-T tokens, D hidden size, R rows. A slot is one (token, k) pair.
+T tokens, D hidden size, R rows: of one replica, S rows: of a call. A slot is one (token, k) pair.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from expertmesh.router.plan import Shipment
-from expertmesh.router.snapshot import Replica
+from expertmesh.router.snapshot import Life, Replica
 from expertmesh.router.streams import Answer, ReplicaStream
 from expertmesh.runtime.errors import DeadlineExceeded, InternalError
-from expertmesh.runtime.telemetry import Telemetry, inject
-from expertmesh.runtime.tensors import from_bytes, to_bytes, wire_dtype
-from expertmesh.v1 import control_pb2, expert_pb2
+from expertmesh.runtime.telemetry import Telemetry
+from expertmesh.runtime.tensors import bytes_of, to_bytes, wire_dtype
+from expertmesh.v1 import expert_pb2
 
 STAGE = "router"
-Life = tuple[str, int]
-"""(replica id, incarnation)"""
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """What a replica answered."""
+class Parcel:
+    """What a replica is asked: one shipment's rows, a part of the call's."""
 
-    slots_R: torch.Tensor
+    replica: Replica
+    shipment: Shipment
+    rows: memoryview
+    """Bytes of the shipment's rows."""
+    outputs: memoryview
+    """Where the bytes of their outputs belong."""
+
+
+@dataclass(frozen=True)
+class CallRows:
+    """The rows of one call in the order of the plan: each shipment's lie side by side.
+
+    One gather and one scatter for the whole call, whatever the number of replicas; between them
+    rows are only bytes.
+    """
+
+    layer: int
+    rows_SD: torch.Tensor
+    outputs_SD: torch.Tensor
+    slots_S: torch.Tensor
     """The slot of each row."""
-    rows_RD: torch.Tensor
-    """Unweighted outputs."""
-    load: control_pb2.ReplicaLoad
+
+    @classmethod
+    def gather(
+        cls, layer: int, hidden_TD: torch.Tensor, top_k: int, shipments: Sequence[Shipment]
+    ) -> "CallRows":
+        """The rows that the shipments name."""
+        slots_S = torch.tensor([slot for shipment in shipments for slot in shipment.slots_R])
+        rows_SD = hidden_TD.index_select(0, slots_S.div(top_k, rounding_mode="floor"))
+        return cls(layer, rows_SD, torch.empty_like(rows_SD), slots_S)
+
+    def parcels(
+        self, shipments: Sequence[Shipment], replicas: Iterable[Replica]
+    ) -> Iterator[Parcel]:
+        """Each shipment with its share of the rows' memory."""
+        rows, outputs = to_bytes(self.rows_SD), bytes_of(self.outputs_SD)
+        row_bytes = self.rows_SD.shape[1] * self.rows_SD.itemsize
+        start = 0
+        for shipment, replica in zip(shipments, replicas, strict=True):
+            stop = start + len(shipment.slots_R) * row_bytes
+            yield Parcel(replica, shipment, rows[start:stop], outputs[start:stop])
+            start = stop
 
 
 class Shipper:
@@ -59,59 +94,76 @@ class Shipper:
         self._closing: set[asyncio.Task[None]] = set()
 
     async def ship(
-        self,
-        replica: Replica,
-        layer: int,
-        hidden_TD: torch.Tensor,
-        top_k: int,
-        shipment: Shipment,
-        timeout_s: float,
-    ) -> Delivery:
-        """Send the shipment's rows and wait for their outputs.
+        self, call: CallRows, parcels: Sequence[Parcel], timeout_s: float
+    ) -> list[asyncio.Future[Answer]]:
+        """Send all parcels at once; every future is done when this returns.
+
+        What came is in `call.outputs_SD`; what failed is the exception of its future.
 
         Raises:
-            StreamClosed, Draining, QueueFull: another replica may do it.
-            DeadlineExceeded, MessageTooLarge, ExpertMeshError: final.
+            DeadlineExceeded: some replica has not answered within `timeout_s`.
+            MessageTooLarge: nothing more was sent.
         """
         if timeout_s <= 0:
-            raise DeadlineExceeded(f"layer {layer}: no time left to ask {shipment.replica}")
-        slots_R = torch.tensor(shipment.slots_R)
-        rows_RD = hidden_TD.index_select(0, slots_R // top_k)
+            names = ", ".join(parcel.replica.name for parcel in parcels)
+            raise DeadlineExceeded(f"layer {call.layer}: no time left to ask {names}")
+        answers: list[asyncio.Future[Answer]] = []
+        try:
+            for parcel in parcels:
+                answers.append(self._send(call, parcel, timeout_s))
+            _, late = await asyncio.wait(answers, timeout=timeout_s)
+        finally:
+            for answer in answers:
+                answer.cancel()  # does nothing to those that are done
+        if late:
+            parcel = next(p for p, a in zip(parcels, answers, strict=True) if a in late)
+            address = parcel.replica.state.address
+            raise DeadlineExceeded(
+                f"replica at {address} did not answer within {timeout_s:.3f} s", address=address
+            )
+        for parcel, answer in zip(parcels, answers, strict=True):
+            if not answer.exception():
+                _file(answer.result(), call, parcel)
+        return answers
+
+    def _send(self, call: CallRows, parcel: Parcel, timeout_s: float) -> asyncio.Future[Answer]:
+        replica, shipment, hidden_size = parcel.replica, parcel.shipment, call.rows_SD.shape[1]
+        group, num_rows = replica.state.group, len(shipment.slots_R)
         request = expert_pb2.ComputeRequest(
             model=self._model,
-            layer=layer,
+            layer=call.layer,
             experts=shipment.experts,
             rows_per_expert=shipment.rows_per_expert,
-            dtype=wire_dtype(rows_RD.dtype, "hidden.dtype"),
-            hidden_size=rows_RD.shape[1],
+            dtype=wire_dtype(call.rows_SD.dtype, "hidden.dtype"),
+            hidden_size=hidden_size,
         )
-        response, payload = await self._send(replica, request, rows_RD, timeout_s)
-        outputs_RD = _rows_of(response, payload, rows_RD, shipment)
-        return Delivery(slots_R, outputs_RD, response.load)
+        span = self._span(parcel, request)
+        started_s = self._clock()
+        answer = self._stream(replica).send(request, parcel.rows, num_rows, timeout_s)
+        self._metrics.in_flight_rows.add(num_rows, STAGE, group)
 
-    async def _send(
-        self,
-        replica: Replica,
-        request: expert_pb2.ComputeRequest,
-        rows_RD: torch.Tensor,
-        timeout_s: float,
-    ) -> Answer:
-        group, num_rows, metrics = replica.state.group, rows_RD.shape[0], self._metrics
-        with self._telemetry.span("router.send", kind=SpanKind.CLIENT) as span:
-            if self._telemetry.enabled:
-                span.set_attribute("expertmesh.replica", replica.name)
-                span.set_attribute("expertmesh.rows", num_rows)
-                request.traceparent = inject()
-            stream, started_s = self._stream(replica), self._clock()
-            metrics.in_flight_rows.add(num_rows, STAGE, group)
-            try:
-                answer = await stream.compute(request, to_bytes(rows_RD), num_rows, timeout_s)
-            finally:
-                metrics.in_flight_rows.add(-num_rows, STAGE, group)
-        away_s = (answer[0].queue_us + answer[0].compute_us) / 1e6
-        metrics.transport_time.record(self._clock() - started_s - away_s, group)
-        metrics.rows.add(num_rows, STAGE, group)
+        def done(answer: asyncio.Future[Answer]) -> None:
+            self._metrics.in_flight_rows.add(-num_rows, STAGE, group)
+            error = None if answer.cancelled() else answer.exception()
+            if span:
+                _end(span, error)
+            if not answer.cancelled() and not error:
+                response = answer.result()[0]
+                away_s = (response.queue_us + response.compute_us) / 1e6
+                self._metrics.transport_time.record(self._clock() - started_s - away_s, group)
+                self._metrics.rows.add(num_rows, STAGE, group)
+
+        answer.add_done_callback(done)
         return answer
+
+    def _span(self, parcel: Parcel, request: expert_pb2.ComputeRequest) -> Span | None:
+        """A running span that the replica's spans are children of; None if nothing is traced."""
+        if not self._telemetry.enabled:
+            return None
+        span, request.traceparent = self._telemetry.start("router.send", kind=SpanKind.CLIENT)
+        span.set_attribute("expertmesh.replica", parcel.replica.name)
+        span.set_attribute("expertmesh.rows", len(parcel.shipment.slots_R))
+        return span
 
     def _stream(self, replica: Replica) -> ReplicaStream:
         stream = self._streams.get(replica.life)
@@ -146,15 +198,21 @@ class Shipper:
         await asyncio.gather(*self._closing)
 
 
-def _rows_of(
-    response: expert_pb2.ComputeResponse,
-    payload: memoryview,
-    rows_RD: torch.Tensor,
-    shipment: Shipment,
-) -> torch.Tensor:
-    """The answer's rows; an answer of another form than asked for is a bug, never a number."""
-    asked = (wire_dtype(rows_RD.dtype), rows_RD.shape[1])
-    if (response.dtype, response.hidden_size) != asked:
-        got = (response.dtype, response.hidden_size)
-        raise InternalError(f"{shipment.replica} answered (dtype, width) {got}, asked {asked}")
-    return from_bytes(payload, rows_RD.dtype, rows_RD.shape, f"rows of {shipment.replica}")
+def _end(span: Span, error: BaseException | None) -> None:
+    if error:
+        span.record_exception(error)
+        span.set_status(Status(StatusCode.ERROR, str(error)))
+    span.end()
+
+
+def _file(answer: Answer, call: CallRows, parcel: Parcel) -> None:
+    """Copy the rows to their place; an answer of another form than asked for is a bug, never a
+    number."""
+    response, payload = answer
+    dtype, hidden_size = wire_dtype(call.rows_SD.dtype), call.rows_SD.shape[1]
+    got = (response.dtype, response.hidden_size, len(payload))
+    asked = (dtype, hidden_size, len(parcel.outputs))
+    if got != asked:
+        name = parcel.replica.name
+        raise InternalError(f"{name} answered (dtype, width, bytes) {got}, asked {asked}")
+    parcel.outputs[:] = payload

@@ -1,6 +1,6 @@
 """The mesh as a router last saw it: immutable, swapped whole, versioned. Time is passed in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Self
@@ -9,6 +9,8 @@ from expertmesh.v1 import control_pb2
 
 Key = tuple[int, int]
 """(layer, expert)"""
+Life = tuple[str, int]
+"""(replica id, incarnation): names one process, not its successor"""
 
 _NO_REPLICAS: Mapping[str, "Replica"] = MappingProxyType({})
 _NO_HOLDERS: Mapping[Key, tuple[str, ...]] = MappingProxyType({})
@@ -32,8 +34,8 @@ class Replica:
         return self.state.replica
 
     @property
-    def life(self) -> tuple[str, int]:
-        """(id, incarnation): names one process, not its successor."""
+    def life(self) -> Life:
+        """Which process it is."""
         return self.state.replica, self.state.incarnation
 
     @property
@@ -79,14 +81,21 @@ class Snapshot:
         )
         return self._with(fresh, keep_holders=same_work)
 
-    def with_load(self, life: tuple[str, int], load: control_pb2.ReplicaLoad, now_s: float) -> Self:
-        """After an answer that carried the replica's load, which is fresher than any heartbeat."""
-        old = self.replicas.get(life[0])
-        if old is None or old.life != life:
+    def with_loads(
+        self, loads: Iterable[tuple[Life, control_pb2.ReplicaLoad]], now_s: float
+    ) -> Self:
+        """After answers that carried the replicas' loads, which are fresher than any heartbeat."""
+        fresh = {}
+        for life, load in loads:
+            old = self.replicas.get(life[0])
+            if old is not None and old.life == life:
+                fresh[life[0]] = Replica(old.state, load, now_s, old.set_aside)
+        if not fresh:
             return self
-        return self._with(replace(old, load=load, heard_s=now_s), keep_holders=True)
+        replicas = MappingProxyType({**self.replicas, **fresh})
+        return type(self)(self.version + 1, replicas, self.holders)
 
-    def without_work_for(self, life: tuple[str, int], reason: str) -> Self:
+    def without_work_for(self, life: Life, reason: str) -> Self:
         """Give the replica no more work until a newer heartbeat of it arrives."""
         old = self.replicas.get(life[0])
         if old is None or old.life != life or old.set_aside:

@@ -3,19 +3,15 @@
 import asyncio
 import itertools
 import logging
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from expertmesh.runtime import wire
 from expertmesh.runtime.channels import connect
-from expertmesh.runtime.errors import (
-    DeadlineExceeded,
-    ExpertMeshError,
-    MessageTooLarge,
-    StreamClosed,
-    from_status,
-)
+from expertmesh.runtime.errors import ExpertMeshError, MessageTooLarge, StreamClosed, from_status
 from expertmesh.v1 import expert_pb2
 
 logger = logging.getLogger(__name__)
@@ -24,8 +20,17 @@ _METHOD = "/expertmesh.v1.ExpertService/ComputeStream"
 Answer = tuple[expert_pb2.ComputeResponse, memoryview]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    answer: asyncio.Future[Answer]
+    num_rows: int
+
+
 class ReplicaStream:
     """Sends packed requests and awaits their answers; after `closed` is set it must be replaced.
+
+    Two tasks live as long as the stream: one writes, one reads. A call costs neither a task nor a
+    timer of its own.
 
     Args:
         address: "host:port" of the replica.
@@ -41,48 +46,50 @@ class ReplicaStream:
         # identity serializers: payloads are framed by `wire`
         self._call: Any = self._channel.stream_stream(_METHOD)()
         self._ids = itertools.count(1)
-        self._pending: dict[int, asyncio.Future[Answer]] = {}
-        self._write_lock = asyncio.Lock()
-        self._writes: set[asyncio.Task[None]] = set()
-        self._reader = asyncio.create_task(self._read(), name=f"stream {address}")
+        self._asked: dict[int, _Asked] = {}
+        self._outgoing: deque[tuple[int, bytes]] = deque()
+        self._more = asyncio.Event()
+        self._tasks = [
+            asyncio.create_task(self._write(), name=f"writes to {address}"),
+            asyncio.create_task(self._read(), name=f"reads from {address}"),
+        ]
 
-    async def compute(
+    def send(
         self,
         request: expert_pb2.ComputeRequest,
         payload: wire.Buffer,
         num_rows: int,
         timeout_s: float,
-    ) -> Answer:
-        """Send one request and wait for its answer.
+    ) -> asyncio.Future[Answer]:
+        """Queue one request; the future is its answer.
+
+        Whoever cancels the future drops the answer, and the request if it is not yet on its way.
+        Its exception is StreamClosed if the connection broke (the request may or may not have been
+        computed), or what the replica answered.
+
+        Args:
+            timeout_s: told to the replica, which need not compute what nobody waits for.
 
         Raises:
-            StreamClosed: the connection broke; the request may or may not have been computed.
-            DeadlineExceeded: no answer in `timeout_s`; a late one is dropped.
             MessageTooLarge: the request is above the size limit; nothing was sent.
-            ExpertMeshError: what the replica answered.
         """
-        request.id = next(self._ids)
+        number = request.id = next(self._ids)
         request.timeout_ms = max(1, int(timeout_s * 1e3))
         data = wire.encode(request, payload)
         self._check_size(len(data))
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._pending[request.id] = answer
+        if self.closed:
+            answer.set_exception(self._broken(None))
+            return answer
+        self._asked[number] = _Asked(answer, num_rows)
         self.in_flight_rows += num_rows
-        # a task of its own: cancelling a write half way would end the stream for all its callers
-        write = asyncio.create_task(self._write(data, answer))
-        self._writes.add(write)
-        write.add_done_callback(self._writes.discard)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await answer
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"replica at {self.address} did not answer within {timeout_s:.3f} s",
-                address=self.address,
-            ) from error
-        finally:
-            self.in_flight_rows -= num_rows
-            self._pending.pop(request.id, None)
+        answer.add_done_callback(lambda _: self._settle(number))
+        self._outgoing.append((number, data))
+        self._more.set()
+        return answer
+
+    def _settle(self, number: int) -> None:
+        self.in_flight_rows -= self._asked.pop(number).num_rows
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_message_bytes:
@@ -93,14 +100,17 @@ class ReplicaStream:
                 max_message_bytes=self._max_message_bytes,
             )
 
-    async def _write(self, data: bytes, answer: asyncio.Future[Answer]) -> None:
+    async def _write(self) -> None:
         try:
-            async with self._write_lock:  # writes of one grpc.aio stream must not overlap
-                if not answer.done():  # its caller has not given up
-                    await self._call.write(data)
+            while True:
+                await self._more.wait()
+                self._more.clear()
+                while self._outgoing:
+                    number, data = self._outgoing.popleft()
+                    if number in self._asked:  # its caller has not given up
+                        await self._call.write(data)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            if not answer.done():
-                answer.set_exception(self._broken(error))
+            self._end(error)
 
     async def _read(self) -> None:
         error: BaseException | None = None
@@ -115,19 +125,19 @@ class ReplicaStream:
     def _end(self, error: BaseException | None) -> None:
         """Nothing more will come: who waits must know."""
         self.closed = True
-        for answer in self._pending.values():
-            if not answer.done():
-                answer.set_exception(self._broken(error))
+        for asked in self._asked.values():
+            if not asked.answer.done():
+                asked.answer.set_exception(self._broken(error))
 
     def _deliver(self, data: bytes) -> None:
         response, payload = wire.decode(expert_pb2.ComputeResponse, data)
-        answer = self._pending.get(response.id)
-        if answer is None or answer.done():
+        asked = self._asked.get(response.id)
+        if asked is None or asked.answer.done():
             return  # its caller has given up
         if response.HasField("error"):
-            answer.set_exception(from_status(response.error))
+            asked.answer.set_exception(from_status(response.error))
         else:
-            answer.set_result((response, payload))
+            asked.answer.set_result((response, payload))
 
     def _broken(self, error: BaseException | None) -> StreamClosed:
         cause = ""
@@ -139,8 +149,7 @@ class ReplicaStream:
     async def close(self) -> None:
         """End the stream; pending calls fail with StreamClosed."""
         self._end(None)
-        tasks = [self._reader, *self._writes]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._channel.close()

@@ -52,8 +52,12 @@ _NO_SPAN = _NoSpan()
 
 def inject() -> str:
     """The current span as a traceparent, or "" outside of a recorded trace."""
+    return _traceparent(None)
+
+
+def _traceparent(context: Context | None) -> str:
     carrier: dict[str, str] = {}
-    _W3C.inject(carrier)
+    _W3C.inject(carrier, context)
     return carrier.get(TRACEPARENT, "")
 
 
@@ -119,6 +123,16 @@ class Telemetry:
             attributes=attributes,
             links=_links(links),
         )
+
+    def start(self, name: str, *, kind: SpanKind = SpanKind.INTERNAL) -> tuple[Span, str]:
+        """(a child of the current span, its traceparent); the caller ends it.
+
+        For work that others do at the same time in the same task: it is nobody's current span.
+        """
+        if self._tracer is None:
+            return trace.INVALID_SPAN, ""
+        span = self._tracer.start_span(name, kind=kind)
+        return span, _traceparent(trace.set_span_in_context(span))
 
     def record(
         self,

@@ -10,6 +10,11 @@ from expertmesh.runtime.errors import InvalidInput
 from expertmesh.runtime.wire import Buffer
 from expertmesh.v1 import tensor_pb2 as pb
 
+# torch tells once per process that a buffer is read-only: here, where nobody hears it
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
 _ALIGNMENT_BYTES = 64  # what torch allocates at
 
 TORCH_DTYPES: dict[int, torch.dtype] = {
@@ -47,8 +52,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def to_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in C order: a view if it is contiguous and on the CPU, else of a copy."""
-    flat = tensor.detach().to("cpu").contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    if tensor.requires_grad or not tensor.is_cpu:
+        tensor = tensor.detach().cpu()
+    return bytes_of(tensor.contiguous())
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU: whoever writes there changes the tensor."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def from_bytes(
@@ -68,9 +81,7 @@ def from_bytes(
             return torch.empty(tuple(shape), dtype=dtype)
         except RuntimeError as error:  # next to the 0 another size overflows
             raise InvalidInput.of(field, expected="a possible shape", got=list(shape)) from error
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(data, dtype=dtype).view(tuple(shape))
+    return torch.frombuffer(data, dtype=dtype).view(tuple(shape))
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

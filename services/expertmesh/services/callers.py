@@ -4,7 +4,9 @@ T tokens, D hidden size, K experts per token.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import torch
 
@@ -51,5 +53,19 @@ class CoreCaller:
             DEFAULT_TIMEOUT_S,
             self.callers(),
         )
-        combined_TD = asyncio.run_coroutine_threadsafe(call, self._loop).result()
-        return combined_TD.to(hidden_TD.device)
+        return self._wait(call).to(hidden_TD.device)
+
+    def _wait(self, call: Coroutine[Any, Any, torch.Tensor]) -> torch.Tensor:
+        """The call's result: `asyncio.run_coroutine_threadsafe` with half of its wake-ups."""
+        done = threading.Lock()
+        done.acquire()
+        tasks: list[asyncio.Task[torch.Tensor]] = []
+
+        def start() -> None:
+            task = self._loop.create_task(call)
+            tasks.append(task)
+            task.add_done_callback(lambda _: done.release())
+
+        self._loop.call_soon_threadsafe(start)
+        done.acquire()
+        return tasks[0].result()

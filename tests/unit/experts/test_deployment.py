@@ -67,7 +67,7 @@ def test_a_wrong_argument_is_named(changes: dict[str, object], message: str) -> 
 
 
 @pytest.mark.parametrize(
-    "field", [name for name in BatchLimits.model_fields if name != "max_wait_s"]
+    "field", [name for name in BatchLimits.model_fields if not name.endswith("_s")]
 )
 def test_limits_are_positive(field: str) -> None:
     with pytest.raises(ConfigError, match=f"^{field}: .* greater than 0, got 0"):
@@ -75,8 +75,9 @@ def test_limits_are_positive(field: str) -> None:
 
 
 def test_limits_refuse_negative_waits_and_other_fields() -> None:
-    with pytest.raises(ConfigError, match=r"max_wait_s: .* greater than or equal to 0"):
-        validate(BatchLimits, {"max_wait_s": -1})
+    for field in ("max_wait_s", "at_once_s"):
+        with pytest.raises(ConfigError, match=f"{field}: .* greater than or equal to 0"):
+            validate(BatchLimits, {field: -1})
     with pytest.raises(ConfigError, match="max_batch: no such field"):
         validate(BatchLimits, {"max_batch": 3})
 

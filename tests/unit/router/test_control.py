@@ -26,7 +26,7 @@ async def test_replicas_as_last_seen() -> None:
     core.on_state(replica_state("c", model="another"))
     clock.advance(0.25)
     loaded = pb.ReplicaLoad(queued_rows=7)
-    core.snapshot = core.snapshot.with_load(("a", 1), loaded, clock()).without_work_for(
+    core.snapshot = core.snapshot.with_loads([(("a", 1), loaded)], clock()).without_work_for(
         ("b", 1), "stream broke"
     )
     clock.advance(0.5)

@@ -128,7 +128,7 @@ def test_a_replica_set_aside_gets_no_work_until_a_newer_heartbeat() -> None:
 
 def test_answers_do_not_bring_a_replica_back() -> None:
     aside = three().without_work_for(LIFE_A, "stream broke")
-    after = aside.with_load(LIFE_A, pb.ReplicaLoad(queued_rows=1), NOW_S + 1)
+    after = aside.with_loads([(LIFE_A, pb.ReplicaLoad(queued_rows=1))], NOW_S + 1)
     assert after.replicas["a"].set_aside == "stream broke"
     assert after.holders is aside.holders
 
@@ -141,14 +141,14 @@ def test_the_first_reason_to_set_aside_stays() -> None:
 def test_failures_of_a_former_life_do_not_concern_the_present_one() -> None:
     snapshot = seen(replica_state("a", incarnation=2))
     assert snapshot.without_work_for(("a", 1), "broke") is snapshot
-    assert snapshot.with_load(("a", 1), pb.ReplicaLoad(), NOW_S) is snapshot
-    assert snapshot.with_load(("nobody", 1), pb.ReplicaLoad(), NOW_S) is snapshot
+    assert snapshot.with_loads([(("a", 1), pb.ReplicaLoad())], NOW_S) is snapshot
+    assert snapshot.with_loads([(("nobody", 1), pb.ReplicaLoad())], NOW_S) is snapshot
     assert snapshot.without_work_for(("nobody", 1), "broke") is snapshot
 
 
 def test_an_answer_carries_fresher_load() -> None:
     before = three()
-    after = before.with_load(LIFE_B, pb.ReplicaLoad(queued_rows=5), NOW_S + 2)
+    after = before.with_loads([(LIFE_B, pb.ReplicaLoad(queued_rows=5))], NOW_S + 2)
     replica = after.replicas["b"]
     assert (replica.load.queued_rows, replica.heard_s) == (5, NOW_S + 2)
     assert replica.state is before.replicas["b"].state
