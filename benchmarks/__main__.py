@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 NAMES = (
@@ -18,13 +19,14 @@ NAMES = (
 
 
 def main() -> int:
-    """Run what was asked for; the exit status says whether every bar holds."""
+    """Run what was asked for; the exit status says whether every bar holds (a quick run tells none)."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="a short run that proves it works")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # contestants are started, not forked
     holds = True
     for name in options.names or NAMES:
         report = importlib.import_module(f"benchmarks.{name}").run(quick=options.quick)
@@ -32,7 +34,7 @@ def main() -> int:
             report.write()
         print(report.markdown(), flush=True)
         holds = holds and all(bar.holds for bar in report.bars)
-    return 0 if holds else 1
+    return 0 if holds or options.quick else 1
 
 
 if __name__ == "__main__":

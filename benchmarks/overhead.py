@@ -13,15 +13,11 @@ import torch
 
 from benchmarks.harness.checkpoints import MoeShape, write_experts
 from benchmarks.harness.echo import EchoFanOut, echo_servers
+from benchmarks.harness.in_place import InPlaceLayer
 from benchmarks.harness.mesh import BenchMesh, bench_mesh, event_loop
 from benchmarks.harness.report import Bar, Report
 from benchmarks.harness.stages import stage_times_us
 from benchmarks.harness.turns import ClosedLoop, Contestant, Turn, Turns, ratio, summary, take_turns
-from expertmesh.experts.expert_spec import ExpertSpec
-from expertmesh.experts.ffn import ExpertFFN
-from expertmesh.experts.reader import ExpertReader
-from expertmesh.router.combine import combine
-from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.v1 import router_pb2
 
 GROUPS = 4
@@ -41,26 +37,6 @@ _ABOUT = (
 )
 
 
-class _InPlace:
-    """The layer without a mesh."""
-
-    def __init__(self, path: Path, shape: MoeShape) -> None:
-        reader = ExpertReader(Checkpoint.open(path))
-        config = {"model_type": "mixtral"}
-        self._ffn = ExpertFFN.load(
-            reader, 0, range(shape.num_experts), ExpertSpec.from_config(config), torch.float32
-        )
-
-    def dispatch(
-        self, hidden_1D: torch.Tensor, experts_1K: torch.Tensor, weights_1K: torch.Tensor
-    ) -> torch.Tensor:
-        """As `ExpertCaller.dispatch`, for one token with ascending experts."""
-        experts: list[int] = experts_1K[0].tolist()
-        rows_KD = hidden_1D.expand(len(experts), -1).contiguous()
-        outputs_KD = self._ffn.forward(rows_KD, experts, [1] * len(experts))
-        return combine(outputs_KD[None], weights_1K, experts_1K, "slot_sum", torch.float32)
-
-
 def _compete(shape: MoeShape, rounds: int, seconds: float) -> tuple[Turns, dict[str, float]]:
     torch.set_num_threads(1)
     hidden_1D = torch.randn(1, shape.hidden_size)
@@ -72,7 +48,7 @@ def _compete(shape: MoeShape, rounds: int, seconds: float) -> tuple[Turns, dict[
         mesh: BenchMesh = stack.enter_context(bench_mesh(path, shape.num_experts, 1, GROUPS))
         servers = stack.enter_context(echo_servers(GROUPS))
         loop = stack.enter_context(event_loop())
-        in_place = _InPlace(path, shape)
+        in_place = InPlaceLayer(path)
         message = bytes(4 * shape.hidden_size + _HEADER_BYTES)
         raw = EchoFanOut("raw", loop, servers, [message] * GROUPS, 1)
         stack.callback(raw.close)

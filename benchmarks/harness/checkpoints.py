@@ -15,7 +15,10 @@ _SCALE = 0.02
 
 @dataclass(frozen=True)
 class MoeShape:
-    """Sizes of a Mixtral without its dense part: enough for routers and replicas."""
+    """Sizes of a model without its dense part: enough for routers and replicas.
+
+    A Mixtral if `gated`, else a Nemotron-H, whose experts are down(gelu(up(x))).
+    """
 
     hidden_size: int
     ffn_size: int
@@ -23,12 +26,13 @@ class MoeShape:
     top_k: int = 2
     num_layers: int = 1
     dtype: str = "float32"
+    gated: bool = True
 
     @property
     def expert_bytes(self) -> int:
         """Of one expert."""
         size = getattr(torch, self.dtype).itemsize
-        return 3 * self.hidden_size * self.ffn_size * int(size)
+        return (2 + self.gated) * self.hidden_size * self.ffn_size * int(size)
 
 
 def write_experts(shape: MoeShape, root: Path) -> Path:
@@ -51,15 +55,13 @@ def _layer(shape: MoeShape, layer: int) -> dict[str, torch.Tensor]:
     def weight(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=random).mul_(_SCALE).to(dtype)
 
-    block = f"model.layers.{layer}.block_sparse_moe"
+    block = f"model.layers.{layer}.{'block_sparse_moe' if shape.gated else 'mixer'}"
     tensors = {f"{block}.gate.weight": weight(shape.num_experts, shape.hidden_size)}
+    up, down = (shape.ffn_size, shape.hidden_size), (shape.hidden_size, shape.ffn_size)
+    sizes = {"w1": up, "w2": down, "w3": up} if shape.gated else {"up_proj": up, "down_proj": down}
     for expert in range(shape.num_experts):
-        for name, sizes in (
-            ("w1", (shape.ffn_size, shape.hidden_size)),
-            ("w2", (shape.hidden_size, shape.ffn_size)),
-            ("w3", (shape.ffn_size, shape.hidden_size)),
-        ):
-            tensors[f"{block}.experts.{expert}.{name}.weight"] = weight(*sizes)
+        for name, size in sizes.items():
+            tensors[f"{block}.experts.{expert}.{name}.weight"] = weight(*size)
     return tensors
 
 
@@ -76,12 +78,13 @@ def _write_index(path: Path) -> None:
 
 def _config(shape: MoeShape) -> dict[str, object]:
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
+        "model_type": "mixtral" if shape.gated else "nemotron_h",
+        "mlp_hidden_act": "gelu",
         "dtype": shape.dtype,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_size,
         "num_local_experts": shape.num_experts,
+        "n_routed_experts": shape.num_experts,
         "num_experts_per_tok": shape.top_k,
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": 4,

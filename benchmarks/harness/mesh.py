@@ -72,7 +72,7 @@ def bench_mesh(
     Args:
         args: of `ExpertGroupArgs`, like threads.
     """
-    with event_loop() as loop, _redis(loop) as redis_url:
+    with event_loop() as loop, redis_server(loop) as redis_url:
         replicas = [
             start_replica(
                 {
@@ -93,7 +93,7 @@ def bench_mesh(
             for process in replicas:
                 assert process.stdout.readline() == "ready\n", "a replica did not start"
             layers = dict.fromkeys(range(num_layers), num_experts)
-            with _core(loop, redis_url, layers) as caller:
+            with router_core(loop, redis_url, layers, args.get("otlp_endpoint")) as caller:
                 yield BenchMesh(redis_url, caller, replicas)
         finally:
             for process in replicas:
@@ -111,7 +111,8 @@ def _entered(loop: asyncio.AbstractEventLoop, stack: AsyncExitStack) -> Iterator
 
 
 @contextmanager
-def _redis(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
+def redis_server(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
+    """The URL of an embedded server."""
     stack = AsyncExitStack()
 
     async def start() -> str:
@@ -122,20 +123,23 @@ def _redis(loop: asyncio.AbstractEventLoop) -> Iterator[str]:
 
 
 @contextmanager
-def _core(
-    loop: asyncio.AbstractEventLoop, redis_url: str, layers: dict[int, int]
+def router_core(
+    loop: asyncio.AbstractEventLoop,
+    redis_url: str,
+    layers: dict[int, int],
+    otlp_endpoint: str | None = None,
+    mesh: str = "default",
 ) -> Iterator[CoreCaller]:
+    """Blocking calls to a router core on `loop`, once every expert of `layers` has a replica."""
     stack = AsyncExitStack()
     caller = CoreCaller(loop)
 
     async def start() -> None:
-        core = RouterCore(
-            MODEL, layers, configure("bench", None), max_message_bytes=DEFAULT_MAX_MESSAGE_BYTES
-        )
+        telemetry = configure("router", otlp_endpoint)
+        stack.callback(telemetry.shutdown)
+        core = RouterCore(MODEL, layers, telemetry, max_message_bytes=DEFAULT_MAX_MESSAGE_BYTES)
         stack.push_async_callback(core.close)
-        await stack.enter_async_context(
-            MeshWatcher(redis_url, "default", core.on_state, core.on_gone)
-        )
+        await stack.enter_async_context(MeshWatcher(redis_url, mesh, core.on_state, core.on_gone))
         await core.wait_complete(_READY_S)
         caller.core = core
 
