@@ -25,8 +25,9 @@ _SHAPE = MoeShape(hidden_size=512, ffn_size=1408)
 _TOKENS = 16
 _ABOUT = (
     f"A layer call of {_TOKENS} tokens (8 experts, top-2, D={_SHAPE.hidden_size}, "
-    f"F={_SHAPE.ffn_size}, {GROUPS} groups) with telemetry off and with everything exported to a "
-    "collector on the same two cores, whose CPU time counts. Bar: throughput on / off."
+    f"F={_SHAPE.ffn_size}, {GROUPS} groups) with telemetry off and with the default settings and a "
+    "collector on the same two cores, whose CPU time counts: metrics of every call, and spans of "
+    "the traces that are sampled. Bar: throughput on / off."
 )
 
 

@@ -24,6 +24,7 @@ from expertmesh.runtime.redis_server import EmbeddedRedis
 from expertmesh.runtime.state import MeshWatcher
 from expertmesh.runtime.telemetry import configure
 from expertmesh.services.callers import CoreCaller
+from expertmesh.services.settings import MeshSettings
 
 MODEL = "bench"
 _READY_S = 120.0
@@ -135,7 +136,8 @@ def router_core(
     caller = CoreCaller(loop)
 
     async def start() -> None:
-        telemetry = configure("router", otlp_endpoint)
+        sample_frac = MeshSettings.model_fields["trace_sample_frac"].default
+        telemetry = configure("router", otlp_endpoint, sample_frac=sample_frac)
         stack.callback(telemetry.shutdown)
         core = RouterCore(MODEL, layers, telemetry, max_message_bytes=DEFAULT_MAX_MESSAGE_BYTES)
         stack.push_async_callback(core.close)

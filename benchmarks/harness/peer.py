@@ -41,9 +41,11 @@ def peer_script() -> Path:
 
 
 def _finishes(command: list[str], log: Path) -> bool:
-    """Whether the script ends by itself; now and then its servers wait for each other for ever."""
+    """Whether the script ends well by itself. Its daemons wait for ever if stdin is /dev/null."""
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
+        )
         try:
             return process.wait(_TIMEOUT_S) == 0
         except subprocess.TimeoutExpired:

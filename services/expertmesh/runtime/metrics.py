@@ -6,7 +6,7 @@ because OpenTelemetry has no way to read those later.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ class Histogram:
         self.spec = spec
         self.bounds = bounds
         """Upper bucket bounds for the exporter, in the metric's unit."""
-        self.export: Callable[[float, Mapping[str, str]], None] | None = None
+        self.export: Callable[[float, Labels], None] | None = None
         """Where each value also goes when an exporter is set up."""
         self._values: dict[Labels, Distribution] = {}
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class Histogram:
             old = self._values.get(labels, _NOTHING)
             self._values[labels] = Distribution(old.num + 1, old.sum + value, max(old.max, value))
         if self.export is not None:
-            self.export(value, dict(zip(self.spec.labels, labels, strict=True)))
+            self.export(value, labels)
 
     def read(self) -> dict[Labels, Distribution]:
         """The distributions now, by label values."""

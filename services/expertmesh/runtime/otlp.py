@@ -1,6 +1,7 @@
 """Export over OTLP gRPC: the only module that imports the OpenTelemetry SDK, and only if used."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,13 +14,16 @@ from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 from opentelemetry.trace import Tracer
 
 from expertmesh.runtime.metrics import Counter, Level, Metrics
+from expertmesh.runtime.metrics import Histogram as MetricHistogram
 
 _SCOPE = "expertmesh"
 _EXPORT_TIMEOUT_S = 5.0
+_MOST_PENDING = 100_000
+Record = Callable[[float, dict[str, str]], None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,6 @@ class ExportSettings:
     service_name: str
     instance: str
     endpoint: str
-    sample_frac: float
     interval_s: float
 
 
@@ -65,7 +68,7 @@ def _flush(tracers: TracerProvider, meters: MeterProvider, timeout_s: float) -> 
 def _tracer_provider(settings: ExportSettings, resource: Resource) -> TracerProvider:
     provider = TracerProvider(
         resource=resource,
-        sampler=ParentBasedTraceIdRatio(settings.sample_frac),
+        sampler=DEFAULT_ON,  # what is not sampled never comes here
         shutdown_on_exit=False,
     )
     exporter = OTLPSpanExporter(endpoint=settings.endpoint, timeout=_EXPORT_TIMEOUT_S)
@@ -82,7 +85,40 @@ def _meter_provider(settings: ExportSettings, resource: Resource) -> MeterProvid
     return MeterProvider([reader], resource=resource, shutdown_on_exit=False)
 
 
+class _Pending:
+    """Values of histograms on their way to the SDK, which takes several microseconds for each: on
+    the hot path they are only noted, and handed over when the SDK collects.
+
+    It calls the callbacks of observable instruments first, and one of them is `drain`.
+    """
+
+    def __init__(self) -> None:
+        self._values: deque[tuple[MetricHistogram, float, tuple[str, ...]]] = deque()
+        self._instruments: dict[MetricHistogram, Record] = {}
+
+    def add(self, histogram: MetricHistogram, record: Record) -> None:
+        """Have the histogram's values noted here for `record`."""
+        self._instruments[histogram] = record
+        histogram.export = lambda value, labels: self._note(histogram, value, labels)
+
+    def _note(self, histogram: MetricHistogram, value: float, labels: tuple[str, ...]) -> None:
+        self._values.append((histogram, value, labels))
+        if len(self._values) > _MOST_PENDING:
+            self.drain()
+
+    def drain(self) -> None:
+        """Hand over everything noted so far."""
+        while self._values:
+            try:
+                histogram, value, labels = self._values.popleft()
+            except IndexError:  # another thread was faster
+                return
+            named = dict(zip(histogram.spec.labels, labels, strict=True))
+            self._instruments[histogram](value, named)
+
+
 def _export_metrics(metrics: Metrics, meter: Meter) -> None:
+    pending = _Pending()
     for counter in metrics.counters():
         spec = counter.spec
         create = (
@@ -90,7 +126,7 @@ def _export_metrics(metrics: Metrics, meter: Meter) -> None:
             if isinstance(counter, Level)
             else meter.create_observable_counter
         )
-        create(spec.name, [_observe(counter)], spec.unit, spec.description)
+        create(spec.name, [_observe(counter, pending)], spec.unit, spec.description)
     for histogram in metrics.histograms():
         spec = histogram.spec
         instrument = meter.create_histogram(
@@ -99,11 +135,14 @@ def _export_metrics(metrics: Metrics, meter: Meter) -> None:
             spec.description,
             explicit_bucket_boundaries_advisory=list(histogram.bounds),
         )
-        histogram.export = instrument.record
+        pending.add(histogram, instrument.record)
 
 
-def _observe(counter: Counter) -> Callable[[CallbackOptions], Iterable[Observation]]:
+def _observe(
+    counter: Counter, pending: _Pending
+) -> Callable[[CallbackOptions], Iterable[Observation]]:
     def observe(_: CallbackOptions) -> Iterator[Observation]:
+        pending.drain()
         for labels, value in counter.read().items():
             yield Observation(value, dict(zip(counter.spec.labels, labels, strict=True)))
 

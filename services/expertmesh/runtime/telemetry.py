@@ -7,6 +7,7 @@ calls, in a message field on streams.
 """
 
 import os
+import random
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,8 +15,8 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 from opentelemetry import trace
-from opentelemetry.context import Context
-from opentelemetry.trace import Link, Span, SpanKind, Tracer
+from opentelemetry.context import Context, attach, detach
+from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -47,7 +48,29 @@ class _NoSpan:
         return None
 
 
+class _UnsampledSpan:
+    """A span that is not recorded, current inside its block so that nobody below starts a trace."""
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> Span:
+        self._token = attach(_UNSAMPLED_CONTEXT)
+        return _UNSAMPLED
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        detach(self._token)
+
+
 _NO_SPAN = _NoSpan()
+_UNSAMPLED = NonRecordingSpan(SpanContext(trace_id=1, span_id=1, is_remote=False))
+_UNSAMPLED_CONTEXT = trace.set_span_in_context(_UNSAMPLED, Context())
+_UNSAMPLED_TRACEPARENT = f"00-{1:032x}-{1:016x}-00"
+_UNSAMPLED_END = "-00"
 
 
 def inject() -> str:
@@ -56,6 +79,8 @@ def inject() -> str:
 
 
 def _traceparent(context: Context | None) -> str:
+    if trace.get_current_span(context) is _UNSAMPLED:
+        return _UNSAMPLED_TRACEPARENT
     carrier: dict[str, str] = {}
     _W3C.inject(carrier, context)
     return carrier.get(TRACEPARENT, "")
@@ -83,19 +108,30 @@ def traceparent_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 class Telemetry:
     """Spans and metrics of one process; build it with `configure`."""
 
-    __slots__ = ("_shut_down", "_tracer", "enabled", "metrics")
+    __slots__ = ("_sample_frac", "_shut_down", "_tracer", "enabled", "metrics")
 
     def __init__(
         self,
         metrics: Metrics,
         tracer: Tracer | None = None,
         shut_down: Callable[[float], None] | None = None,
+        sample_frac: float = 1.0,
     ) -> None:
         self.metrics = metrics
         self.enabled = tracer is not None
         """Whether spans go anywhere."""
         self._tracer = tracer
+        self._sample_frac = sample_frac
         self._shut_down = shut_down
+
+    def _samples(self, parent: str) -> bool:
+        """Whether a span is recorded: the caller's decision, else its trace begins here."""
+        if parent:
+            return not parent.endswith(_UNSAMPLED_END)
+        current = trace.get_current_span().get_span_context()
+        if current.is_valid:
+            return current.trace_flags.sampled
+        return self._sample_frac >= 1 or random.random() < self._sample_frac
 
     def span(
         self,
@@ -116,6 +152,8 @@ class Telemetry:
         """
         if self._tracer is None:
             return _NO_SPAN
+        if not self._samples(parent):
+            return _UnsampledSpan()
         return self._tracer.start_as_current_span(
             name,
             context=extract(parent) if parent else None,
@@ -131,6 +169,8 @@ class Telemetry:
         """
         if self._tracer is None:
             return trace.INVALID_SPAN, ""
+        if not self._samples(""):
+            return _UNSAMPLED, _UNSAMPLED_TRACEPARENT
         span = self._tracer.start_span(name, kind=kind)
         return span, _traceparent(trace.set_span_in_context(span))
 
@@ -149,7 +189,7 @@ class Telemetry:
         Args:
             start_ns, end_ns: wall clock (`time.time_ns`).
         """
-        if self._tracer is None:
+        if self._tracer is None or not self._samples(parent):
             return
         span = self._tracer.start_span(
             name,
@@ -205,11 +245,10 @@ def configure(
         service_name=f"expertmesh.{service_name}",
         instance=instance or f"{socket.gethostname()}:{os.getpid()}",
         endpoint=endpoint_url(otlp_endpoint),
-        sample_frac=sample_frac,
         interval_s=export_interval_s,
     )
     tracer, shut_down = start_export(settings, metrics)
-    return Telemetry(metrics, tracer, shut_down)
+    return Telemetry(metrics, tracer, shut_down, sample_frac)
 
 
 def endpoint_url(endpoint: str) -> str:

@@ -65,6 +65,7 @@ def gateway_args(settings: MeshSettings, model: str, redis_url: str) -> GatewayA
         deterministic=settings.deterministic,
         max_message_bytes=settings.max_message_bytes,
         otlp_endpoint=settings.otlp_endpoint,
+        trace_sample_frac=settings.trace_sample_frac,
         log_level=settings.log_level,
         **settings.gateway.model_dump(),
     )

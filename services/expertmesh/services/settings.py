@@ -105,6 +105,9 @@ class MeshSettings(Settings):
     """Largest gRPC message anywhere in the mesh."""
     otlp_endpoint: str | None = None
     """OpenTelemetry collector, "host:port"; none switches telemetry off."""
+    trace_sample_frac: float = Field(default=0.01, ge=0, le=1)
+    """Share of the traces that begin here and are recorded; a caller that sends a `traceparent`
+    decides for itself."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Level of all logs."""
     redis: RedisSettings = RedisSettings()

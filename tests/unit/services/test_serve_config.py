@@ -122,7 +122,7 @@ def test_every_setting_reaches_the_gateway() -> None:
         "num_cpus": 2.0,
     }
     changed = {"mesh": "prod", "dtype": "float16", "deterministic": True, "log_level": "ERROR"}
-    shared = changed | {"max_message_bytes": 9, "otlp_endpoint": "h:1"}
+    shared = changed | {"max_message_bytes": 9, "otlp_endpoint": "h:1", "trace_sample_frac": 0.5}
     nested = {f"gateway__{name}": value for name, value in of_gateway.items()}
     args = gateway_args(settings_of(**shared, **nested), "tiny", REDIS_URL)
     own = {"model_dir": "/models/tiny", "model": "tiny", "redis_url": REDIS_URL}

@@ -27,6 +27,8 @@ class GatewayArgs(GatewaySettings):
     """Largest gRPC message accepted or sent."""
     otlp_endpoint: str | None
     """OpenTelemetry collector, or none."""
+    trace_sample_frac: float = 1.0
+    """Share of the traces that begin at the gateway and are recorded."""
     log_level: str
     """Level of the gateway's log."""
 
