@@ -125,7 +125,7 @@ class ExpertServicer:
                 raise
             finally:
                 self._metrics.calls.add(1, STAGE, "Compute")
-            if self._telemetry.enabled:
+            if span.is_recording():
                 span.set_attributes(_attributes(header, done))
                 self._record_stages(done)
         num_rows = done.rows_RD.shape[0]

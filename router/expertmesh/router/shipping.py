@@ -157,10 +157,12 @@ class Shipper:
         return answer
 
     def _span(self, parcel: Parcel, request: expert_pb2.ComputeRequest) -> Span | None:
-        """A running span that the replica's spans are children of; None if nothing is traced."""
+        """A running span that the replica's spans are children of; None if it is not recorded."""
         if not self._telemetry.enabled:
             return None
         span, request.traceparent = self._telemetry.start("router.send", kind=SpanKind.CLIENT)
+        if not span.is_recording():
+            return None
         span.set_attribute("expertmesh.replica", parcel.replica.name)
         span.set_attribute("expertmesh.rows", len(parcel.shipment.slots_R))
         return span
