@@ -36,8 +36,8 @@ _ABOUT = (
     f"8 experts, top-2, in {GROUPS} groups, float32, one caller. **ours**: expert groups deployed "
     "on Ray Serve, called past it. **handle**: the same experts in one plain deployment a group, "
     "called through DeploymentHandles with asyncio.gather from the driver, tensors by reference "
-    "(what Serve documents) and by value (an option with an underscore). CPU: the client and the replicas it calls; Ray's own "
-    "processes, which only the handles use, are left out."
+    "(what Serve documents) and by value (an option with an underscore). CPU: the client and "
+    "the replicas it calls; Ray's own processes, which only the handles use, are left out."
 )
 
 Call = Callable[[], torch.Tensor]
