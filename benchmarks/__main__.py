@@ -19,7 +19,7 @@ NAMES = (
 
 
 def main() -> int:
-    """Run what was asked for; the exit status says whether every bar holds (a quick run tells none)."""
+    """Run what was asked for; the exit status says whether every bar holds, if not --quick."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="a short run that proves it works")
