@@ -42,9 +42,7 @@ async def _serve(settings: MeshSettings, redis_url: str) -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopping.set)
-    telemetry = configure(
-        "router", settings.otlp_endpoint, sample_frac=settings.trace_sample_frac
-    )
+    telemetry = configure("router", settings.otlp_endpoint, sample_frac=settings.trace_sample_frac)
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.shutdown)
         model = _model(settings)

@@ -67,9 +67,7 @@ class Gateway:
 
     async def _open(self, stack: AsyncExitStack) -> str:
         args = self._args
-        telemetry = configure(
-            "gateway", args.otlp_endpoint, sample_frac=args.trace_sample_frac
-        )
+        telemetry = configure("gateway", args.otlp_endpoint, sample_frac=args.trace_sample_frac)
         stack.callback(telemetry.shutdown)
         caller = CoreCaller(asyncio.get_running_loop())
         model = await asyncio.to_thread(_load, args, caller)
