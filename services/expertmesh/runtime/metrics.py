@@ -1,13 +1,12 @@
 """Every metric expertmesh has, in one place, and the counters behind them for anyone to read.
 
-The counters are plain dictionaries, updated the same way whether or not anything is exported: an
-exporter reads them when it collects. Only distributions are also handed to it value by value,
-because OpenTelemetry has no way to read those later.
+Counters and histograms are plain numbers in dictionaries, updated the same way whether or not
+anything is exported: an exporter reads them when it collects, and a call pays nothing for it.
 """
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 Labels = tuple[str, ...]
@@ -65,38 +64,65 @@ class Level(Counter):
     """A number per combination of labels that goes up and, with negative amounts, down."""
 
 
+@dataclass(slots=True)
+class Buckets:
+    """The values of one combination of labels, as OpenTelemetry counts them."""
+
+    counts: list[int]
+    """Values up to each bound and above the one before it; the last, above all bounds."""
+    num: int = 0
+    sum: float = 0.0
+    min: float = float("inf")
+    max: float = float("-inf")
+
+
 class Histogram:
     """A distribution per combination of labels."""
 
     def __init__(self, spec: MetricSpec, bounds: tuple[float, ...]) -> None:
         self.spec = spec
         self.bounds = bounds
-        """Upper bucket bounds for the exporter, in the metric's unit."""
-        self.export: Callable[[float, Labels], None] | None = None
-        """Where each value also goes when an exporter is set up."""
-        self._values: dict[Labels, Distribution] = {}
+        """Upper bucket bounds, ascending, in the metric's unit."""
+        self._values: dict[Labels, Buckets] = {}
         self._lock = threading.Lock()
 
     def record(self, value: float, *labels: str) -> None:
         """Note one value under these label values, in the order of `spec.labels`."""
         assert len(labels) == len(self.spec.labels), f"{self.spec.name} wants {self.spec.labels}"
+        at = bisect_left(self.bounds, value)
         with self._lock:
-            old = self._values.get(labels, _NOTHING)
-            self._values[labels] = Distribution(old.num + 1, old.sum + value, max(old.max, value))
-        if self.export is not None:
-            self.export(value, labels)
+            own = self._values.get(labels)
+            if own is None:
+                own = self._values[labels] = Buckets([0] * (len(self.bounds) + 1))
+            own.counts[at] += 1
+            own.num += 1
+            own.sum += value
+            if value < own.min:
+                own.min = value
+            if value > own.max:
+                own.max = value
+
+    def buckets(self) -> dict[Labels, Buckets]:
+        """A copy of everything now, by label values."""
+        with self._lock:
+            return {
+                labels: replace(own, counts=own.counts.copy())
+                for labels, own in self._values.items()
+            }
 
     def read(self) -> dict[Labels, Distribution]:
         """The distributions now, by label values."""
         with self._lock:
-            return dict(self._values)
+            return {
+                labels: Distribution(own.num, own.sum, own.max)
+                for labels, own in self._values.items()
+            }
 
     def get(self, *labels: str) -> Distribution | None:
         """The distribution under these label values; None before the first `record`."""
-        return self._values.get(labels)
+        return self.read().get(labels)
 
 
-_NOTHING = Distribution(0, 0.0, float("-inf"))
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 _ROWS = tuple(float(2**power) for power in range(15))
 

@@ -1,29 +1,37 @@
 """Export over OTLP gRPC: the only module that imports the OpenTelemetry SDK, and only if used."""
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    HistogramDataPoint,
+    Metric,
+    MetricExportResult,
+    MetricsData,
+    PeriodicExportingMetricReader,
+    ScopeMetrics,
+)
+from opentelemetry.sdk.metrics.export import Histogram as HistogramData
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Tracer
 
-from expertmesh.runtime.metrics import Counter, Level, Metrics
-from expertmesh.runtime.metrics import Histogram as MetricHistogram
+from expertmesh.runtime.metrics import Counter, Histogram, Level, Metrics
 
 _SCOPE = "expertmesh"
 _EXPORT_TIMEOUT_S = 5.0
-_MOST_PENDING = 100_000
-Record = Callable[[float, dict[str, str]], None]
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,8 @@ def start_export(
         }
     )
     tracers = _tracer_provider(settings, resource)
-    meters = _meter_provider(settings, resource)
-    _export_metrics(metrics, meters.get_meter(_SCOPE))
+    meters = _meter_provider(settings, resource, metrics.histograms())
+    _observe_counters(metrics, meters.get_meter(_SCOPE))
 
     def shut_down(timeout_s: float) -> None:
         # An exporter that cannot reach its collector waits between its tries, longer than we do.
@@ -77,48 +85,63 @@ def _tracer_provider(settings: ExportSettings, resource: Resource) -> TracerProv
     return provider
 
 
-def _meter_provider(settings: ExportSettings, resource: Resource) -> MeterProvider:
-    exporter = OTLPMetricExporter(endpoint=settings.endpoint, timeout=_EXPORT_TIMEOUT_S)
+def _meter_provider(
+    settings: ExportSettings, resource: Resource, histograms: Sequence[Histogram]
+) -> MeterProvider:
+    exporter = _WithHistograms(histograms, endpoint=settings.endpoint, timeout=_EXPORT_TIMEOUT_S)
     reader = PeriodicExportingMetricReader(
         exporter, export_interval_millis=settings.interval_s * 1000
     )
     return MeterProvider([reader], resource=resource, shutdown_on_exit=False)
 
 
-class _Pending:
-    """Values of histograms on their way to the SDK, which takes several microseconds for each: on
-    the hot path they are only noted, and handed over when the SDK collects.
+class _WithHistograms(OTLPMetricExporter):
+    """Adds our histograms, which are in buckets already, to what the SDK has collected.
 
-    It calls the callbacks of observable instruments first, and one of them is `drain`.
+    The SDK only takes histograms value by value, at several microseconds each on the hot path.
     """
 
-    def __init__(self) -> None:
-        self._values: deque[tuple[MetricHistogram, float, tuple[str, ...]]] = deque()
-        self._instruments: dict[MetricHistogram, Record] = {}
+    def __init__(self, histograms: Sequence[Histogram], **options: Any) -> None:
+        super().__init__(**options)
+        self._histograms = histograms
+        self._since_ns = time.time_ns()
 
-    def add(self, histogram: MetricHistogram, record: Record) -> None:
-        """Have the histogram's values noted here for `record`."""
-        self._instruments[histogram] = record
-        histogram.export = lambda value, labels: self._note(histogram, value, labels)
-
-    def _note(self, histogram: MetricHistogram, value: float, labels: tuple[str, ...]) -> None:
-        self._values.append((histogram, value, labels))
-        if len(self._values) > _MOST_PENDING:
-            self.drain()
-
-    def drain(self) -> None:
-        """Hand over everything noted so far."""
-        while self._values:
-            try:
-                histogram, value, labels = self._values.popleft()
-            except IndexError:  # another thread was faster
-                return
-            named = dict(zip(histogram.spec.labels, labels, strict=True))
-            self._instruments[histogram](value, named)
+    def export(
+        self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any
+    ) -> MetricExportResult:
+        """See `MetricExporter.export`."""
+        now_ns = time.time_ns()
+        metrics = [_metric(own, self._since_ns, now_ns) for own in self._histograms]
+        used = [metric for metric in metrics if metric.data.data_points]
+        ours = ScopeMetrics(InstrumentationScope(_SCOPE), used, schema_url="")
+        resources = [
+            replace(of, scope_metrics=[*of.scope_metrics, ours])
+            for of in metrics_data.resource_metrics
+        ]
+        return super().export(MetricsData(resources), timeout_millis, **kwargs)
 
 
-def _export_metrics(metrics: Metrics, meter: Meter) -> None:
-    pending = _Pending()
+def _metric(histogram: Histogram, since_ns: int, now_ns: int) -> Metric:
+    spec = histogram.spec
+    points = [
+        HistogramDataPoint(
+            attributes=dict(zip(spec.labels, labels, strict=True)),
+            start_time_unix_nano=since_ns,
+            time_unix_nano=now_ns,
+            count=own.num,
+            sum=own.sum,
+            bucket_counts=own.counts,
+            explicit_bounds=histogram.bounds,
+            min=own.min,
+            max=own.max,
+        )
+        for labels, own in histogram.buckets().items()
+    ]
+    data = HistogramData(points, AggregationTemporality.CUMULATIVE)
+    return Metric(spec.name, spec.description, spec.unit, data)
+
+
+def _observe_counters(metrics: Metrics, meter: Meter) -> None:
     for counter in metrics.counters():
         spec = counter.spec
         create = (
@@ -126,23 +149,11 @@ def _export_metrics(metrics: Metrics, meter: Meter) -> None:
             if isinstance(counter, Level)
             else meter.create_observable_counter
         )
-        create(spec.name, [_observe(counter, pending)], spec.unit, spec.description)
-    for histogram in metrics.histograms():
-        spec = histogram.spec
-        instrument = meter.create_histogram(
-            spec.name,
-            spec.unit,
-            spec.description,
-            explicit_bucket_boundaries_advisory=list(histogram.bounds),
-        )
-        pending.add(histogram, instrument.record)
+        create(spec.name, [_observe(counter)], spec.unit, spec.description)
 
 
-def _observe(
-    counter: Counter, pending: _Pending
-) -> Callable[[CallbackOptions], Iterable[Observation]]:
+def _observe(counter: Counter) -> Callable[[CallbackOptions], Iterable[Observation]]:
     def observe(_: CallbackOptions) -> Iterator[Observation]:
-        pending.drain()
         for labels, value in counter.read().items():
             yield Observation(value, dict(zip(counter.spec.labels, labels, strict=True)))
 

@@ -8,6 +8,7 @@ calls, in a message field on streams.
 
 import os
 import random
+import re
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -48,14 +49,29 @@ class _NoSpan:
         return None
 
 
-class _UnsampledSpan:
-    """A span that is not recorded, current inside its block so that nobody below starts a trace."""
+class _Unsampled(NonRecordingSpan):
+    """A span that is not recorded but has a trace id, for the log and for callees: they record
+    nothing either. Made for every call, so what hardly anybody asks for is built when asked for.
+    """
 
-    __slots__ = ("_token",)
+    def __init__(self, traceparent: str = "") -> None:
+        self._traceparent = traceparent
+
+    @property
+    def traceparent(self) -> str:
+        """Of the span it stands under, or of a trace that begins here."""
+        if not self._traceparent:
+            trace_id, span_id = random.getrandbits(128) or 1, random.getrandbits(64) or 1
+            self._traceparent = f"00-{trace_id:032x}-{span_id:016x}-00"
+        return self._traceparent
+
+    def get_span_context(self) -> SpanContext:
+        """Parsed from the traceparent."""
+        return trace.get_current_span(extract(self.traceparent)).get_span_context()
 
     def __enter__(self) -> Span:
-        self._token = attach(_UNSAMPLED_CONTEXT)
-        return _UNSAMPLED
+        self._token = attach(trace.set_span_in_context(self, _NOWHERE))
+        return self
 
     def __exit__(
         self,
@@ -65,12 +81,13 @@ class _UnsampledSpan:
     ) -> None:
         detach(self._token)
 
+    def __repr__(self) -> str:
+        return f"_Unsampled({self.traceparent!r})"
+
 
 _NO_SPAN = _NoSpan()
-_UNSAMPLED = NonRecordingSpan(SpanContext(trace_id=1, span_id=1, is_remote=False))
-_UNSAMPLED_CONTEXT = trace.set_span_in_context(_UNSAMPLED, Context())
-_UNSAMPLED_TRACEPARENT = f"00-{1:032x}-{1:016x}-00"
-_UNSAMPLED_END = "-00"
+_NOWHERE = Context()
+_is_unsampled = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f][02468ace]").fullmatch
 
 
 def inject() -> str:
@@ -79,8 +96,9 @@ def inject() -> str:
 
 
 def _traceparent(context: Context | None) -> str:
-    if trace.get_current_span(context) is _UNSAMPLED:
-        return _UNSAMPLED_TRACEPARENT
+    span = trace.get_current_span(context)
+    if isinstance(span, _Unsampled):
+        return span.traceparent
     carrier: dict[str, str] = {}
     _W3C.inject(carrier, context)
     return carrier.get(TRACEPARENT, "")
@@ -124,14 +142,17 @@ class Telemetry:
         self._sample_frac = sample_frac
         self._shut_down = shut_down
 
-    def _samples(self, parent: str) -> bool:
-        """Whether a span is recorded: the caller's decision, else its trace begins here."""
+    def _unsampled(self, parent: str) -> _Unsampled | None:
+        """What stands for a span that is not recorded: so says its parent, or the dice if its trace
+        begins here."""
         if parent:
-            return not parent.endswith(_UNSAMPLED_END)
-        current = trace.get_current_span().get_span_context()
-        if current.is_valid:
-            return current.trace_flags.sampled
-        return self._sample_frac >= 1 or random.random() < self._sample_frac
+            return _Unsampled(parent) if _is_unsampled(parent) else None
+        current = trace.get_current_span()
+        if isinstance(current, _Unsampled):
+            return _Unsampled(current.traceparent)
+        if current.get_span_context().is_valid or self._sample_frac >= 1:
+            return None
+        return None if random.random() < self._sample_frac else _Unsampled()
 
     def span(
         self,
@@ -152,8 +173,10 @@ class Telemetry:
         """
         if self._tracer is None:
             return _NO_SPAN
-        if not self._samples(parent):
-            return _UnsampledSpan()
+        if parent and links:
+            parent, links = _sampled_first(parent, links)
+        if unsampled := self._unsampled(parent):
+            return unsampled
         return self._tracer.start_as_current_span(
             name,
             context=extract(parent) if parent else None,
@@ -169,8 +192,8 @@ class Telemetry:
         """
         if self._tracer is None:
             return trace.INVALID_SPAN, ""
-        if not self._samples(""):
-            return _UNSAMPLED, _UNSAMPLED_TRACEPARENT
+        if unsampled := self._unsampled(""):
+            return unsampled, unsampled.traceparent
         span = self._tracer.start_span(name, kind=kind)
         return span, _traceparent(trace.set_span_in_context(span))
 
@@ -189,7 +212,7 @@ class Telemetry:
         Args:
             start_ns, end_ns: wall clock (`time.time_ns`).
         """
-        if self._tracer is None or not self._samples(parent):
+        if self._tracer is None or self._unsampled(parent):
             return
         span = self._tracer.start_span(
             name,
@@ -205,6 +228,14 @@ class Telemetry:
         shut_down, self._shut_down = self._shut_down, None
         if shut_down is not None:
             shut_down(timeout_s)
+
+
+def _sampled_first(parent: str, links: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Work shared by several callers is recorded if one of them is; that one is its parent."""
+    if not _is_unsampled(parent):
+        return parent, links
+    others = [link for link in links if not _is_unsampled(link)]
+    return (others[0], others[1:]) if others else (parent, ())
 
 
 def _links(traceparents: Sequence[str]) -> list[Link] | None:
