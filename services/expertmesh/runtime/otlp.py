@@ -25,7 +25,6 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Tracer
 
 from expertmesh.runtime.metrics import Counter, Histogram, Level, Metrics
@@ -113,12 +112,15 @@ class _WithHistograms(OTLPMetricExporter):
         now_ns = time.time_ns()
         metrics = [_metric(own, self._since_ns, now_ns) for own in self._histograms]
         used = [metric for metric in metrics if metric.data.data_points]
-        ours = ScopeMetrics(InstrumentationScope(_SCOPE), used, schema_url="")
         resources = [
-            replace(of, scope_metrics=[*of.scope_metrics, ours])
+            replace(of, scope_metrics=[_with(used, scope) for scope in of.scope_metrics])
             for of in metrics_data.resource_metrics
         ]
         return super().export(MetricsData(resources), timeout_millis, **kwargs)
+
+
+def _with(metrics: Sequence[Metric], scope: ScopeMetrics) -> ScopeMetrics:
+    return replace(scope, metrics=[*scope.metrics, *metrics])
 
 
 def _metric(histogram: Histogram, since_ns: int, now_ns: int) -> Metric:
