@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --progress-bar off -q
 
-.PHONY: help setup demo demo-model parity test unit integration e2e check fmt protos bench clean
+.PHONY: help setup demo demo-model parity test unit integration k8s e2e check fmt protos bench chaos fuzz clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,7 +39,7 @@ parity: $(STAMP)  ## compare a served checkpoint with transformers: make parity 
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
 test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit tests/integration
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit tests/integration tests/k8s
 	$(BIN)/python -m pytest tests/e2e
 
 unit: $(STAMP)  ## tests without sockets
@@ -48,11 +48,20 @@ unit: $(STAMP)  ## tests without sockets
 integration: $(STAMP)  ## tests with real Redis and gRPC
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/integration
 
+k8s: $(STAMP)  ## tests of manifests and images
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/k8s
+
 e2e: $(STAMP)  ## tests of the whole mesh in processes, with real Ray
 	$(BIN)/python -m pytest tests/e2e
 
 bench: $(STAMP)  ## benchmarks side by side with peers, into benchmarks/results (ONLY="overhead dense": some)
 	$(BIN)/python -m benchmarks $(ONLY)
+
+chaos: $(STAMP)  ## break a mesh under load in every way, into benchmarks/results (ONLY="kill stop": some)
+	$(BIN)/python -m chaos $(ONLY)
+
+fuzz: $(STAMP)  ## mutate inputs of everything that reads a peer's bytes, guided by coverage (INPUTS=n)
+	nice $(BIN)/python -m tests.fuzz $(if $(INPUTS),--inputs $(INPUTS))
 
 check: $(STAMP)  ## formatting, lint, types, layers, generated code
 	$(BIN)/ruff format --check .

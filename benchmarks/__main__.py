@@ -10,11 +10,21 @@ NAMES = (
     "ray_serve",
     "overhead",
     "dense",
+    "balance",
+    "churn",
+    "moving",
+    "throttled",
+    "simulation",
+    "overload",
+    "decision",
+    "residency",
     "generation",
     "growth",
     "memory",
+    "elastic",
     "startup",
     "telemetry",
+    "flames",
 )
 
 

@@ -25,8 +25,9 @@ BATCHES = (1, 32, 256)
 _MIXTRAL_ACTIVE, _MIXTRAL_ALL = 12.9, 46.7  # billions of parameters, by its authors
 _ABOUT = (
     f"8 experts, top-2, D={SHAPE.hidden_size}, F={SHAPE.ffn_size}, float32: Mixtral's layer at a "
-    f"quarter of its widths. **ours** is the sparse layer in {GROUPS} groups over gRPC, one thread "
-    "each; the dense FFNs compute in this process with two threads: one with the parameters of all "
+    f"quarter of its widths. **ours** is the sparse layer in {GROUPS} groups over Unix sockets, "
+    "one thread each; the dense FFNs compute in this process with two threads: one with the "
+    "parameters of all "
     "8 experts, one with those of the 2 that a token uses. A token computes a quarter of the "
     f"layer's parameters; of all of Mixtral 8x7B {_MIXTRAL_ACTIVE / _MIXTRAL_ALL:.0%} "
     f"({_MIXTRAL_ACTIVE} of {_MIXTRAL_ALL} billion). A batch of 32 or more touches every expert: "

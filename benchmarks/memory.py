@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from transformers import AutoConfig
 
 from benchmarks.generation import DEMO, random_mixtral
 from benchmarks.harness.gateway import gateway_process
@@ -23,6 +24,7 @@ from benchmarks.harness.processes import pss_bytes
 from benchmarks.harness.report import Bar, Report, Row
 from benchmarks.harness.router import router_process
 from expertmesh.client import Client, RouterClient
+from expertmesh.services.settings import GatewaySettings
 
 GROUPS = 4
 SOAK_S = float(os.environ.get("EXPERTMESH_SOAK_S", "1800"))
@@ -126,6 +128,17 @@ def _growth_percent(values: Sequence[float]) -> float:
     return 100 * (last / first - 1)
 
 
+def _kv_cache_mib(path: Path) -> float:
+    """Keys and values of as many tokens as the gateway's cache holds by default."""
+    config = AutoConfig.from_pretrained(path)
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    tokens = int(GatewaySettings().kv_cache_tokens)
+    return float(per_token * tokens * config.dtype.itemsize / _MIB)
+
+
 def _tiny() -> dict[str, float]:
     with _processes(DEMO, 8, 4) as processes:
         return {name: pss_bytes(pid) / _MIB for name, (pid, _) in processes.items()}
@@ -141,6 +154,7 @@ def run(*, quick: bool = False) -> Report:
         expert_bytes = 4 * 3 * hidden_size * config.intermediate_size * 8 * layers
         dense_mib = (path / "model.safetensors").stat().st_size / _MIB - expert_bytes / _MIB
         experts_mib = expert_bytes / GROUPS / _MIB
+        kv_mib = _kv_cache_mib(path) - _kv_cache_mib(DEMO)
         with _processes(path, 8, layers) as processes:
             start = {name: pss_bytes(pid) / _MIB for name, (pid, _) in processes.items()}
             series = _soak(
@@ -161,9 +175,12 @@ def run(*, quick: bool = False) -> Report:
             report.bars.append(
                 Bar(f"{name}: growth in {SOAK_S / 60:.0f} min", growth, _GROWTH_PERCENT, True, "%")
             )
-    for name, dense in (("router", 0.0), ("gateway", dense_mib)):
-        beside = start[name] - tiny[name] - dense
-        what = f"{name}: more than with a tiny model, beside the dense part ({dense:.0f} MiB)"
+    own_mib = dense_mib + kv_mib
+    report.raw["MiB of the gateway's own"] = {"dense part": dense_mib, "more KV cache": kv_mib}
+    for name, own in (("router", 0.0), ("gateway", own_mib)):
+        beside = start[name] - tiny[name] - own
+        what = f"{name}: more than with a tiny model, beside its own dense part and KV cache"
+        what += f" ({own:.0f} MiB)"
         report.bars.append(Bar(what, beside, _BESIDE_DENSE_MIB, True, "MiB"))
     most = max(series[f"replica {i}"][-1] for i in range(GROUPS)) - experts_mib
     what = f"a replica beside its experts ({experts_mib:.0f} MiB), at the end"

@@ -26,11 +26,13 @@ SHAPES = {
     "h=512 layer": MoeShape(hidden_size=512, ffn_size=1408, top_k=GROUPS),
 }
 BOUND = 1.5
+OURS, OVER_GRPC = "ours", "ours over gRPC"
 _HEADER_BYTES = 40
 """Of a request beside its row, about."""
 _ABOUT = (
     "One token through four experts, one in each of four groups: **ours** (a blocking call of the "
-    "model's thread, router core in this process, each replica in its own), **in place** (the "
+    "model's thread, router core in this process, each replica in its own; over Unix sockets, as "
+    "between processes of one host, and over gRPC, as between hosts), **in place** (the "
     "same experts one after the other in this process, one thread) and **raw** (four gRPC "
     "streams that echo the same number of bytes: one event loop, no model thread, no torch). "
     "Overhead is ours minus in place."
@@ -46,6 +48,9 @@ def _compete(shape: MoeShape, rounds: int, seconds: float) -> tuple[Turns, dict[
     with ExitStack() as stack:
         path = write_experts(shape, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         mesh: BenchMesh = stack.enter_context(bench_mesh(path, shape.num_experts, 1, GROUPS))
+        remote: BenchMesh = stack.enter_context(
+            bench_mesh(path, shape.num_experts, 1, GROUPS, local_socket=False)
+        )
         servers = stack.enter_context(echo_servers(GROUPS))
         loop = stack.enter_context(event_loop())
         in_place = InPlaceLayer(path)
@@ -53,16 +58,17 @@ def _compete(shape: MoeShape, rounds: int, seconds: float) -> tuple[Turns, dict[
         raw = EchoFanOut("raw", loop, servers, [message] * GROUPS, 1)
         stack.callback(raw.close)
 
-        def ours() -> torch.Tensor:
+        def ours(over: BenchMesh = mesh) -> torch.Tensor:
             slot_sum = router_pb2.COMBINE_SLOT_SUM
-            return mesh.caller.dispatch(0, hidden_1D, experts_1K, weights_1K, slot_sum)
+            return over.caller.dispatch(0, hidden_1D, experts_1K, weights_1K, slot_sum)
 
         def local() -> torch.Tensor:
             return in_place.dispatch(hidden_1D, experts_1K, weights_1K)
 
         assert torch.equal(ours(), local()), "ours and in place differ"
         contestants: list[Contestant] = [
-            ClosedLoop("ours", ours, 1, mesh.pids, warm_up=50),
+            ClosedLoop(OURS, ours, 1, mesh.pids, warm_up=50),
+            ClosedLoop(OVER_GRPC, lambda: ours(remote), 1, remote.pids, warm_up=50),
             ClosedLoop("in place", local, 1, warm_up=50),
             raw,
         ]
@@ -70,10 +76,10 @@ def _compete(shape: MoeShape, rounds: int, seconds: float) -> tuple[Turns, dict[
         return turns, stage_times_us(ours, calls=round(500 * seconds))
 
 
-def _overhead_ratio(turns: Turns) -> float:
+def _overhead_ratio(turns: Turns, name: str) -> float:
     """Median over the rounds of (ours - in place) / raw, by the p50s of each round."""
     rounds: Iterable[tuple[Turn, Turn, Turn]] = zip(
-        turns["ours"], turns["in place"], turns["raw"], strict=True
+        turns[name], turns["in place"], turns["raw"], strict=True
     )
     return statistics.median((o.p50_s - i.p50_s) / r.p50_s for o, i, r in rounds)
 
@@ -83,9 +89,12 @@ def run(*, quick: bool = False) -> Report:
     report = Report("overhead", _ABOUT)
     for name, shape in SHAPES.items():
         turns, stages_us = _compete(shape, *((2, 0.2) if quick else (7, 2.0)))
-        report.bars.append(
-            Bar(f"{name}: overhead of ours / raw", _overhead_ratio(turns), BOUND, at_most=True)
-        )
+        report.bars += [
+            Bar(
+                f"{name}: overhead of {who} / raw", _overhead_ratio(turns, who), BOUND, at_most=True
+            )
+            for who in (OURS, OVER_GRPC)
+        ]
         report.tables[f"{name}: D={shape.hidden_size}, F={shape.ffn_size}, float32"] = [
             {"contestant": who, **summary(own)} for who, own in turns.items()
         ]
@@ -93,5 +102,5 @@ def run(*, quick: bool = False) -> Report:
             {"from the start of the call until": what, "p50 us": value}
             for what, value in stages_us.items()
         ]
-        report.raw[name] = {"ours / raw, p50": ratio(turns, "ours", "raw")}
+        report.raw[name] = {"ours / raw, p50": ratio(turns, OURS, "raw")}
     return report

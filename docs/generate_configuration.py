@@ -18,11 +18,14 @@ PAGE = Path(__file__).resolve().parent / "configuration.md"
 BEGIN, END = "<!-- generated fields -->", "<!-- end of generated fields -->"
 WIDTH = 110
 UNITS = {
+    "calls_per_s": "calls/s",
+    "_per_s": "bytes/s",
     "_s": "s",
     "_gpus": "GPUs",
     "_cpus": "CPUs",
     "_running": "requests",
     "_waiting": "requests",
+    "_calls": "calls",
 }
 UNITS |= {end: end.strip("_") for end in ("_bytes", "_rows", "_tokens", "groups", "threads")}
 BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "maximum": "at most"}

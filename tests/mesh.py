@@ -18,14 +18,23 @@ from expertmesh.experts.deployment import ExpertGroupArgs
 from expertmesh.experts.replica import Replica
 from expertmesh.router import control, servicer
 from expertmesh.router.core import RouterCore
+from expertmesh.router.failover import FailoverSettings
 from expertmesh.router.served_model import ServedModel
 from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.hf_config import load_config
+from expertmesh.runtime.in_flight import InFlight
+from expertmesh.runtime.missing_experts import Policy
+from expertmesh.runtime.security.server import mesh_access
+from expertmesh.runtime.security.settings import SecuritySettings
 from expertmesh.runtime.server import MeshServer
 from expertmesh.runtime.state import MeshWatcher
+from expertmesh.runtime.state.scaling import ScalingBoard
 from expertmesh.runtime.telemetry import configure
 from expertmesh.services.checkpoints import model_dtype
+from expertmesh.services.router import selector_for
+from expertmesh.services.security import public_security
+from expertmesh.services.settings import SelectionSettings
 from expertmesh.v1 import control_pb2, control_pb2_grpc, router_pb2_grpc
 
 MakeCheckpoint = Callable[..., Path]
@@ -57,9 +66,11 @@ class Router:
 class Mesh:
     """Replicas and routers of one mesh; leaving the block stops routers first, then replicas."""
 
-    def __init__(self, redis_url: str, name: str) -> None:
+    def __init__(self, redis_url: str, name: str, **args: Any) -> None:
         self.redis_url = redis_url
         self.name = name
+        self._args = args
+        """Of all replicas."""
         self._replicas: list[Replica] = []
         self._routers = AsyncExitStack()
 
@@ -93,6 +104,7 @@ class Mesh:
             "mesh": self.name,
             "host": HOST,
             "lease_s": LEASE_S,
+            **self._args,
         }
         started = await Replica.start(ExpertGroupArgs(**(fields | args)), name)
         self._replicas.append(started)
@@ -118,6 +130,11 @@ class Mesh:
         reject_nonfinite: bool = False,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         otlp_endpoint: str | None = None,
+        selection: SelectionSettings | None = None,
+        failover: FailoverSettings | None = None,
+        missing_experts: Policy = "strict",
+        security: SecuritySettings | None = None,
+        in_flight: InFlight | None = None,
     ) -> Router:
         """A router of this mesh, as services/router.py composes it.
 
@@ -129,20 +146,35 @@ class Mesh:
         stack.callback(telemetry.shutdown)
         config = load_config(path)
         model = ServedModel(MODEL, Checkpoint.open(path), config, model_dtype("auto", config))
-        core = RouterCore(MODEL, model.num_experts, telemetry, max_message_bytes=max_message_bytes)
+        security = security or SecuritySettings()
+        core = RouterCore(
+            MODEL,
+            model.num_experts,
+            telemetry,
+            max_message_bytes=max_message_bytes,
+            failover=failover,
+            access=mesh_access(security.tls, self.name),
+        )
         stack.push_async_callback(core.close)
         watcher = await stack.enter_async_context(
             MeshWatcher(self.redis_url, self.name, core.on_state, core.on_gone)
+        )
+        selector = selector_for(
+            selection or SelectionSettings(), model, core, telemetry, missing_experts
         )
         routing = servicer.RouterServicer(
             model,
             core,
             telemetry,
+            selector,
             call_timeout_s=call_timeout_s,
             reject_nonfinite=reject_nonfinite,
+            missing_experts=missing_experts,
+            in_flight=in_flight,
         )
+        board = await stack.enter_async_context(ScalingBoard(self.redis_url, self.name))
         view = control.ControlServicer(
-            self.name, core, lambda: (watcher.connected, watcher.redis_age_s)
+            self.name, core, board, lambda: (watcher.connected, watcher.redis_age_s)
         )
 
         def add(server: Any) -> None:
@@ -150,7 +182,12 @@ class Mesh:
             control_pb2_grpc.add_ControlServiceServicer_to_server(view, server)
 
         services = [servicer.SERVICE, control.SERVICE]
-        server = MeshServer(services, add, max_message_bytes=max_message_bytes)
+        server = MeshServer(
+            services,
+            add,
+            max_message_bytes=max_message_bytes,
+            security=public_security(security, self.name),
+        )
         target = f"{HOST}:{await server.start(HOST)}"
         stack.push_async_callback(server.stop, 1.0)
         if complete:
@@ -179,6 +216,7 @@ class Mesh:
         publisher._leaving = True  # ends the loop; redis-py may swallow a cancellation
         publisher._task.cancel()
         await asyncio.wait([publisher._task])
+        await replica._local_server.stop(0)
         await replica._server._server.stop(None)
         await publisher._redis.aclose()
         await replica._batcher.__aexit__(None, None, None)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from expertmesh.client.failures import error_of
-from expertmesh.runtime.errors import ExpertMeshError, from_status
+from expertmesh.runtime.error_status import from_status
+from expertmesh.runtime.errors import ExpertMeshError
 from expertmesh.runtime.tensors import from_bytes, to_bytes, torch_dtype, wire_dtype
 from expertmesh.v1 import expert_pb2, expert_pb2_grpc
 
@@ -54,11 +55,17 @@ def random_hidden(
     return torch.randn(num_tokens, HIDDEN_SIZE, generator=random).to(dtype)
 
 
-def random_request(seed: int, num_tokens: int, layer: int = 0, **fields: Any) -> Packed:
+def random_request(
+    seed: int,
+    num_tokens: int,
+    layer: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **fields: Any,
+) -> Packed:
     """Rows for some of the experts 0 to 7."""
     random = torch.Generator().manual_seed(seed)
     experts_T = torch.randint(8, (num_tokens,), generator=random)
-    return pack(random_hidden(num_tokens, seed), experts_T, layer=layer, **fields)
+    return pack(random_hidden(num_tokens, seed, dtype), experts_T, layer=layer, **fields)
 
 
 class ExpertCaller:

@@ -15,7 +15,13 @@ from tests.reference_experts import expert_modules
 from expertmesh.client.failures import error_of
 from expertmesh.runtime.errors import ExpertMeshError
 from expertmesh.runtime.tensors import from_proto, to_proto
-from expertmesh.v1 import control_pb2, control_pb2_grpc, router_pb2, router_pb2_grpc
+from expertmesh.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    priority_pb2,
+    router_pb2,
+    router_pb2_grpc,
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class RouterCaller:
     """An asyncio client of one router."""
 
     def __init__(self, target: str) -> None:
-        self._channel = grpc.aio.insecure_channel(target)
+        # a connection of its own, as a caller in another process has
+        alone = [("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.aio.insecure_channel(target, options=alone)
         self.router = router_pb2_grpc.RouterServiceStub(self._channel)
         self.control = control_pb2_grpc.ControlServiceStub(self._channel)
 
@@ -100,8 +108,10 @@ class RouterCaller:
         routing: Routed,
         combine: int = router_pb2.COMBINE_UNSPECIFIED,
         timeout_s: float | None = 20.0,
+        priority: int = priority_pb2.PRIORITY_UNSPECIFIED,
     ) -> torch.Tensor:
         request = dispatch_request(layer, hidden_TD, routing, combine)
+        request.priority = priority_pb2.Priority.ValueType(priority)
         response = await self.router.Dispatch(request, timeout=timeout_s)
         return from_proto(response.hidden, "hidden")
 

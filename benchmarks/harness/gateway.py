@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import uvloop
 from benchmarks.harness.mesh import MODEL
 from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
 from expertmesh.runtime.child import dying_with_parent
-from expertmesh.services.gateway.deployment import GatewayArgs
+from expertmesh.services.gateway.args import GatewayArgs
 from expertmesh.services.gateway.gateway import Gateway
 from expertmesh.services.health import wait_serving
 
@@ -32,9 +32,10 @@ async def _main(args: GatewayArgs) -> None:
     await gateway.stop()
 
 
-@contextmanager
-def gateway_process(model_dir: Path, redis_url: str, **changes: Any) -> Iterator[tuple[int, str]]:
-    """(pid, address) of a gateway that serves.
+def start_gateway(
+    model_dir: Path, redis_url: str, **changes: Any
+) -> tuple["subprocess.Popen[str]", Callable[[], str]]:
+    """A gateway process, and what waits until it serves and says its address.
 
     Args:
         changes: of `GatewayArgs`, where they differ from what `expertmesh serve` takes.
@@ -54,11 +55,26 @@ def gateway_process(model_dir: Path, redis_url: str, **changes: Any) -> Iterator
     }
     module = [sys.executable, "-m", "benchmarks.harness.gateway", json.dumps(fields | changes)]
     process = subprocess.Popen(dying_with_parent(module), stdout=subprocess.PIPE, text=True)
-    try:
+
+    def wait() -> str:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         assert address, "the gateway did not start"
-        yield process.pid, address
+        return address
+
+    return process, wait
+
+
+@contextmanager
+def gateway_process(model_dir: Path, redis_url: str, **changes: Any) -> Iterator[tuple[int, str]]:
+    """(pid, address) of a gateway that serves.
+
+    Args:
+        changes: see `start_gateway`.
+    """
+    process, wait = start_gateway(model_dir, redis_url, **changes)
+    try:
+        yield process.pid, wait()
     finally:
         process.terminate()
         process.wait()

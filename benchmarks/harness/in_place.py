@@ -29,7 +29,7 @@ class InPlaceLayer:
         spec = ExpertSpec.from_config(checkpoint.config)
         experts = range(reader.num_experts(0))
         self._ffn = ExpertFFN.load(reader, 0, experts, spec, torch.float32)
-        self._ffn.grouped = grouped
+        self._ffn.stack.grouped = grouped
 
     def dispatch(
         self, hidden_TD: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from expertmesh.experts.assignment import split_evenly
 from expertmesh.router.core import RouterCore
 from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
 from expertmesh.runtime.child import dying_with_parent
+from expertmesh.runtime.heap import keep_freed_memory
 from expertmesh.runtime.redis_server import EmbeddedRedis
 from expertmesh.runtime.state import MeshWatcher
 from expertmesh.runtime.telemetry import configure
@@ -66,13 +68,20 @@ def start_replica(fields: dict[str, Any], env: dict[str, str] | None = None) -> 
 
 @contextmanager
 def bench_mesh(
-    model_dir: Path, num_experts: int, num_layers: int, groups: int, **args: Any
+    model_dir: Path,
+    num_experts: int,
+    num_layers: int,
+    groups: int,
+    slowdowns: Sequence[int] = (1,),
+    **args: Any,
 ) -> Iterator[BenchMesh]:
     """All experts split evenly over `groups`, a process each.
 
     Args:
+        slowdowns: of each copy of a group, see `benchmarks.harness.replica`.
         args: of `ExpertGroupArgs`, like threads.
     """
+    keep_freed_memory()  # as every process with a router core does
     with event_loop() as loop, redis_server(loop) as redis_url:
         replicas = [
             start_replica(
@@ -85,22 +94,35 @@ def bench_mesh(
                     "host": "127.0.0.1",
                     "lease_s": 30,
                     "log_level": "WARNING",
+                    "replica": f"g{number}#{copy}",
+                    "slowdown": slowdown,
                     **args,
                 }
             )
             for number, experts in enumerate(split_evenly(num_experts, groups))
+            for copy, slowdown in enumerate(slowdowns, 1)
         ]
         try:
             for process in replicas:
                 assert process.stdout.readline() == "ready\n", "a replica did not start"
             layers = dict.fromkeys(range(num_layers), num_experts)
             with router_core(loop, redis_url, layers, args.get("otlp_endpoint")) as caller:
+                assert caller.core is not None
+                _wait_for(caller.core, len(replicas))
                 yield BenchMesh(redis_url, caller, replicas)
         finally:
             for process in replicas:
                 process.terminate()
             for process in replicas:
                 process.wait()
+
+
+def _wait_for(core: RouterCore, num_replicas: int) -> None:
+    """Complete is a mesh with one copy of each expert; here all copies are wanted."""
+    end_s = time.monotonic() + _READY_S
+    while len(core.snapshot.replicas) < num_replicas:
+        assert time.monotonic() < end_s, "some replica is not heard of"
+        time.sleep(0.01)
 
 
 @contextmanager

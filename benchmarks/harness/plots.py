@@ -1,71 +1,59 @@
-"""Figures in results/: readable in black and white, small enough for a repository."""
+"""How all plots look: colours that the colour-blind can tell apart, fonts that can be read."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # after the backend is chosen
+import matplotlib as mpl
+from matplotlib.figure import Figure
 
 from benchmarks.harness.report import RESULTS
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, distinct for colour-blind readers."""
-_STYLES = ("-", "--", "-.", ":")
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+GREY, BLACK = "#7F7F7F", "#222222"
+_COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY, BLACK)
+_DASHES = ("-", "--", "-.", ":")
+_STYLE: dict[str, Any] = {
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "svg.hashsalt": "expertmesh",  # the same plot is the same file
+}
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Points with a band, and a line through them."""
-
-    title: str
-    x_label: str
-    y_label: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-    lows: Sequence[float]
-    highs: Sequence[float]
-    line: Callable[[float], float] | None = None
-    line_label: str = field(default="")
-
-
-def panels(name: str, own: Sequence[Panel]) -> str:
-    """results/NAME.svg: three panels a row, log-log. Returns the file's name."""
-    rows = -(-len(own) // 3)
-    figure, axes = pyplot.subplots(rows, 3, figsize=(12, 3.6 * rows), squeeze=False)
-    for axis, panel in zip(axes.flat, own, strict=False):
-        axis.fill_between(panel.xs, panel.lows, panel.highs, color=_COLOURS[5], alpha=0.35)
-        axis.plot(panel.xs, panel.ys, "o", color=_COLOURS[0], label="median, p10 to p90")
-        if panel.line is not None:
-            line = [panel.line(x) for x in panel.xs]
-            axis.plot(panel.xs, line, "--", color=_COLOURS[1], label=panel.line_label)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=10)
-        axis.set_xticks(panel.xs, [f"{x:g}" for x in panel.xs], minor=False)
-        axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    return _save(name, figure)
+@contextmanager
+def figure(name: str, *, width_inch: float, height_inch: float) -> Iterator[Figure]:
+    """A figure to draw into, written to results/NAME when the block ends."""
+    with mpl.rc_context(_STYLE):
+        drawn = Figure(figsize=(width_inch, height_inch), layout="constrained")
+        yield drawn
+        RESULTS.mkdir(exist_ok=True)
+        drawn.savefig(RESULTS / name, metadata={"Date": None})
 
 
 def time_series(name: str, series: Mapping[str, Sequence[float]], step_s: float, label: str) -> str:
-    """results/NAME.svg: one line for each series over minutes. Returns the file's name."""
-    figure, axis = pyplot.subplots(figsize=(9, 4.5))
-    for index, (what, values) in enumerate(series.items()):
-        minutes = [step_s * (i + 1) / 60 for i in range(len(values))]
-        style = _STYLES[index % len(_STYLES)]
-        axis.plot(minutes, values, style, color=_COLOURS[index % len(_COLOURS)], label=what)
-    axis.set(xlabel="minutes under load", ylabel=label)
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, ncols=3)
-    return _save(name, figure)
+    """results/NAME.svg: one line for each series over minutes under load. Returns the file's name.
 
-
-def _save(name: str, figure: pyplot.Figure) -> str:
-    RESULTS.mkdir(exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"{name}.svg")
-    pyplot.close(figure)
-    return f"{name}.svg"
+    Args:
+        step_s: between two values of a series; the first comes one step after the start.
+        label: of the values, with their unit.
+    """
+    file = f"{name}.svg"
+    with figure(file, width_inch=8, height_inch=4.2) as drawn:
+        axes = drawn.subplots()
+        looks = zip(series.items(), cycle(_COLOURS), cycle(_DASHES), strict=False)
+        for (what, values), colour, dashes in looks:
+            minutes = [step_s * (number + 1) / 60 for number in range(len(values))]
+            axes.plot(minutes, values, dashes, color=colour, label=what)
+        axes.set(xlabel="minutes under load", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        drawn.legend(loc="outside lower center", ncols=min(len(series), 6))
+    return file

@@ -67,7 +67,7 @@ class Report:
         parts = [
             f"# {self.name}",
             self.about,
-            f"`python -m benchmarks {self.name}` on {_machine()}",
+            f"`python -m benchmarks {self.name}` on {machine()}",
         ]
         parts += [f"![{plot}]({plot})" for plot in self.plots]
         if self.bars:
@@ -81,7 +81,7 @@ class Report:
         RESULTS.mkdir(exist_ok=True)
         everything = {
             "name": self.name,
-            "machine": _machine(),
+            "machine": machine(),
             "bars": [dict(bar.as_row()) for bar in self.bars],
             "tables": {
                 caption: [dict(row) for row in rows] for caption, rows in self.tables.items()
@@ -93,9 +93,10 @@ class Report:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table; floats with three significant digits."""
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([_cell(row[key]) for key in head] for row in rows)]
+    """A Markdown table; floats with three significant digits, "" where a row lacks the key."""
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    cells = ([_cell(row.get(key, "")) for key in head] for row in rows)
+    lines = [head, ["---"] * len(head), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -105,7 +106,8 @@ def _cell(value: str | float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What it was measured on, and when."""
     gib = psutil.virtual_memory().total / 2**30
     return (
         f"{psutil.cpu_count()} cores, {gib:.0f} GiB, {platform.system()} {platform.machine()}, "

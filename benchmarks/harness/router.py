@@ -17,7 +17,8 @@ from expertmesh.runtime.child import dying_with_parent
 _READY_S = 60.0
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -26,7 +27,7 @@ def _free_port() -> int:
 @contextmanager
 def router_process(model_dir: Path, redis_url: str) -> Iterator[tuple[int, str]]:
     """(pid, address) of a router that serves."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     settings = {
         "model": model_dir,
         "model_name": MODEL,

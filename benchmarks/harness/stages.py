@@ -10,20 +10,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from expertmesh.router import core, shipping, streams
+from expertmesh.router import core, live_mesh
+from expertmesh.router.legs import Leg
+from expertmesh.runtime import wire
 
 _SEAMS: tuple[tuple[Any, str, str, bool], ...] = (
     (core, "check_routing", "the router's loop has the call", False),
     (core, "slots_by_expert", "the rows are sorted by expert (select)", True),
-    (core, "plan", "the replicas are chosen (plan)", True),
-    (shipping.Shipper, "_send", "all messages are encoded and queued (encode)", True),
-    (
-        streams.ReplicaStream,
-        "_deliver",
-        "the last answer is in (send, queue, batch, compute)",
-        False,
-    ),
-    (shipping, "_file", "all rows are filed (decode)", True),
+    (live_mesh, "plan", "the replicas are chosen (plan)", True),
+    (Leg, "send", "all messages are encoded and queued (encode)", True),
+    (wire, "decode", "the last answer is in (send, queue, batch, compute)", False),
+    (Leg, "file", "all rows are filed (decode)", True),
     (core, "combine", "the rows are combined (combine)", True),
 )
 FIRST_ANSWER = "the first answer is in"
@@ -74,12 +71,12 @@ def _marked(
 @contextmanager
 def _answers(seen: dict[str, list[float]]) -> Iterator[None]:
     """Keeps what the replicas say of their own times."""
-    original = shipping._file
+    original = Leg.file
 
-    def filed(answer: Any, *args: Any) -> None:
+    def filed(self: Leg, answer: Any, form: Any) -> None:
         seen.setdefault(COMPUTE, []).append(answer[0].compute_us)
         seen.setdefault(QUEUE, []).append(answer[0].queue_us)
-        original(answer, *args)
+        original(self, answer, form)
 
-    with patch.object(shipping, "_file", filed):
+    with patch.object(Leg, "file", filed):
         yield

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,9 @@ from expertmesh.runtime.state import MeshWatcher
 from expertmesh.runtime.telemetry import configure
 from expertmesh.services.checkpoints import model_dtype
 from expertmesh.services.ray_cluster import deploy, ray_cluster, wait_running
+from expertmesh.services.router import selector_for
 from expertmesh.services.serve_config import EXPERTS_IMPORT_PATH, application
+from expertmesh.services.settings import SelectionSettings
 from expertmesh.v1 import router_pb2_grpc
 
 START_TIMEOUT_S = 240.0
@@ -63,12 +65,18 @@ class Cluster:
     """Of the routers that run, by model."""
 
     @contextmanager
-    def running(self, groups: list[ExpertGroupArgs]) -> Iterator[None]:
-        """The groups' applications, beside those already there."""
+    def running(
+        self, groups: list[ExpertGroupArgs], deployments: Mapping[str, dict[str, Any]] | None = None
+    ) -> Iterator[None]:
+        """The groups' applications, beside those already there.
+
+        Args:
+            deployments: what Serve's config says of a group's deployment.
+        """
         names = [args.group for args in groups]
-        self.applications |= {
-            args.group: application(args.group, EXPERTS_IMPORT_PATH, args, []) for args in groups
-        }
+        for args in groups:
+            own = [{"name": args.group, **deployments[args.group]}] if deployments else []
+            self.applications[args.group] = application(args.group, EXPERTS_IMPORT_PATH, args, own)
         self._deploy()
         try:
             asyncio.run(wait_running(names, START_TIMEOUT_S, lambda text: None))
@@ -131,7 +139,8 @@ async def _open_router(
     )
     stack.push_async_callback(core.close)
     await stack.enter_async_context(MeshWatcher(redis_url, model, core.on_state, core.on_gone))
-    servicer = RouterServicer(served, core, telemetry, call_timeout_s=30.0)
+    selector = selector_for(SelectionSettings(), served, core, telemetry)
+    servicer = RouterServicer(served, core, telemetry, selector, call_timeout_s=30.0)
 
     def add(server: Any) -> None:
         router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)

@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def _endpoints(process: "subprocess.Popen[str]") -> dict[str, str]:
+def endpoints_of(process: "subprocess.Popen[str]") -> dict[str, str]:
     """The table `serve` prints when everything is up."""
     found: dict[str, str] = {}
     assert process.stdout
@@ -54,7 +54,7 @@ def serving() -> Iterator[Served]:
         shlex.split(line), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
     )
     try:
-        endpoints = _endpoints(process)
+        endpoints = endpoints_of(process)
         yield Served(process, endpoints["gateway"], endpoints["router"])
         with Client(endpoints["gateway"]) as client:
             chunks = client.generate("import os", max_new_tokens=NUM_LAST, ignore_eos=True)

@@ -1,4 +1,5 @@
-"""The flagship: real replicas under Ray Serve, real gRPC, and the bits of transformers.
+"""The flagship: real replicas under Ray Serve, real gRPC and Unix sockets, and the bits of
+transformers.
 
 Shape suffixes: B batch, S sequence length, V vocabulary.
 """
@@ -21,6 +22,8 @@ from expertmesh.services.parity import PaddedPrompts, generate_greedy, random_pr
 
 NUM_GROUPS = {"fp32": 2, "bf16": 1}
 """A process per group takes seconds; bfloat16 over four groups is what the demo model is."""
+LOCAL_SOCKET = {"fp32": False, "bf16": True}
+"""One wave as between hosts, one as on one host."""
 NUM_CALLERS = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = 1e-5
@@ -47,7 +50,12 @@ def wave(
     groups = [
         args
         for family, path in paths.items()
-        for args in cluster.group_args(path, f"{family}-{request.param}", num_groups)
+        for args in cluster.group_args(
+            path,
+            f"{family}-{request.param}",
+            num_groups,
+            local_socket=LOCAL_SOCKET[request.param],
+        )
     ]
     with cluster.running(groups):
         yield Wave(cluster, {f"{family}-{request.param}": path for family, path in paths.items()})

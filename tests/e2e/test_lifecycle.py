@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
@@ -76,8 +77,23 @@ def test_limits_change_without_a_restart(mesh: Mesh) -> None:
     assert (after.pid, after.incarnation) == (before.pid, before.incarnation)
 
 
-def test_growing_and_shrinking_under_load_loses_nothing(mesh: Mesh) -> None:
-    """Callers keep calling while the group goes 1 -> 2 -> 1; every answer is right."""
+def test_limits_that_are_wrong_harm_nobody(mesh: Mesh) -> None:
+    """Serve would kill a replica that raised."""
+    (before,) = mesh.replicas()
+    mesh.change(num_replicas=1, max_batch_rows=0)
+    with RouterClient(mesh.router) as client:
+        for _ in range(20):
+            assert client.forward(0, torch.ones(1, HIDDEN)).hidden_TD.shape == (1, HIDDEN)
+            time.sleep(0.1)  # for about as long as a right change takes, several times over
+    mesh.change(num_replicas=1, max_batch_rows=19)
+    mesh.until(lambda states: [state.max_batch_rows for state in states] == [19])
+    (after,) = mesh.replicas()
+    assert (after.pid, after.incarnation) == (before.pid, before.incarnation)
+
+
+@contextmanager
+def calling(mesh: Mesh) -> Iterator[None]:
+    """Callers keep calling; every answer is right, or the block's end raises."""
     hidden_TD = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(0))
     stop = Event()
     with RouterClient(mesh.router) as client:
@@ -94,11 +110,28 @@ def test_growing_and_shrinking_under_load_loses_nothing(mesh: Mesh) -> None:
         with ThreadPoolExecutor(NUM_CALLERS) as threads:
             counts = threads.map(call_until_stopped, range(NUM_CALLERS))
             try:
-                mesh.change(num_replicas=2, max_batch_rows=17)
-                mesh.until(lambda states: len(states) == 2)
-                mesh.until(lambda states: all(state.load.done_rows > 100 for state in states))
-                mesh.change(num_replicas=1, max_batch_rows=17)
-                mesh.until(lambda states: len(states) == 1)
+                yield
             finally:
                 stop.set()
             assert sum(counts) > 100
+
+
+def test_growing_and_shrinking_under_load_loses_nothing(mesh: Mesh) -> None:
+    """1 -> 2 -> 1."""
+    with calling(mesh):
+        mesh.change(num_replicas=2, max_batch_rows=17)
+        mesh.until(lambda states: len(states) == 2)
+        mesh.until(lambda states: all(state.load.done_rows > 100 for state in states))
+        mesh.change(num_replicas=1, max_batch_rows=17)
+        mesh.until(lambda states: len(states) == 1)
+
+
+def test_other_arguments_replace_the_replica_and_lose_nothing(mesh: Mesh) -> None:
+    """The new one comes before the old one goes."""
+    (before,) = mesh.replicas()
+    changed = replace(mesh, args=mesh.args.model_copy(update={"max_message_bytes": 1 << 24}))
+    with calling(mesh):
+        changed.change(num_replicas=1, max_batch_rows=17)
+        mesh.until(lambda states: all(state.replica != before.replica for state in states))
+        assert len(mesh.replicas()) == 1
+        mesh.until(lambda states: all(state.load.done_rows > 100 for state in states))

@@ -1,6 +1,7 @@
 """README's commands outside of a running mesh, each run as it stands there."""
 
 import subprocess
+import sys
 
 import pytest
 from tests.e2e.readme import ROOT, commands
@@ -9,6 +10,7 @@ from tests.e2e.served import environment
 KNOWN = (
     "git clone", "make demo", "make test", "make parity", "source .venv/bin/activate",
     "expertmesh inspect", "expertmesh serve", "expertmesh status", "expertmesh generate",
+    "expertmesh plan", "expertmesh simulate", "kubectl ",
 )  # fmt: skip
 
 pytestmark = pytest.mark.timeout(400)
@@ -27,6 +29,13 @@ def test_every_command_is_run_by_some_test() -> None:
         assert line.startswith(KNOWN), f"README has a command that no test runs: {line}"
 
 
+def test_plan_places_the_demo_model() -> None:
+    line = next(line for line in commands() if line.startswith("expertmesh plan"))
+    done = make(f"{sys.executable} -m expertmesh.services.cli {line.removeprefix('expertmesh ')}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "0-7 of 4 layers" in done.stdout
+
+
 def test_make_demo_proves_that_it_is_exact() -> None:
     done = make("make demo")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,7 +49,7 @@ def test_make_test_runs_the_whole_suite() -> None:
     """It is what runs this; so only what it would run is looked at."""
     done = make("make -n test")
     assert done.returncode == 0
-    for tier in ("tests/unit", "tests/integration", "tests/e2e"):
+    for tier in ("tests/unit", "tests/integration", "tests/k8s", "tests/e2e"):
         assert tier in done.stdout
 
 

@@ -149,7 +149,7 @@ async def test_errors_come_back_as_what_they_were(mesh: Mesh, checkpoint: MakeCh
         await mesh.kill(replicas["g1#1"])
         error = await failure(lambda: dispatch(client))
         assert type(error) is ExpertUnavailable
-        assert error.fields.keys() == {"layer", "expert"}
+        assert error.fields.keys() >= {"model", "layer", "expert", "cause"}
 
 
 async def test_a_failed_forward_leaves_the_model_usable(
@@ -167,6 +167,32 @@ async def test_a_failed_forward_leaves_the_model_usable(
     logits, tokens = await blocking(lambda: answers_of(model))
     assert torch.equal(logits, expected[0])
     assert tokens == expected[1]
+
+
+async def test_a_client_says_what_to_do_without_experts_and_hears_what_it_cost(
+    mesh: Mesh, checkpoint: MakeCheckpoint
+) -> None:
+    path = checkpoint("mixtral", num_experts_per_tok=4)
+    replicas = await mesh.replicas(path, 4)
+    router = await mesh.router(path)
+    with RouterClient(router.target, missing_experts="renormalise") as client:
+        model = expertmesh.client.attach(load_model(path, torch.float32), client)
+        exact, tokens = await blocking(lambda: answers_of(model))
+        assert (client.degraded.largest, client.degraded.mean) == (0, 0)
+        assert (await blocking(lambda: client.forward(0, random_hidden(3)))).degraded_mass == [
+            0.0
+        ] * 3
+        await mesh.kill(replicas["g1#1"])
+        logits, other_tokens = await blocking(lambda: answers_of(model))
+        assert logits.isfinite().all()
+        assert not torch.equal(logits, exact)
+        assert 0 < client.degraded.mean < client.degraded.largest < 1
+        assert len(other_tokens) == len(tokens)
+        forwarded = await blocking(lambda: client.forward(0, random_hidden(50)))
+        assert max(forwarded.degraded_mass) > 0
+        assert int(forwarded.experts_TK.min()) == -1
+    with pytest.raises(InvalidInput, match="missing_experts: expected one of strict, substitute"):
+        RouterClient(router.target, missing_experts="hope")
 
 
 async def test_nobody_at_the_target(checkpoint: MakeCheckpoint, one_thread: None) -> None:

@@ -125,6 +125,15 @@ async def test_end_of_sequence_token_is_the_last(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", BOTH)
+async def test_without_eos_ids_generation_goes_past_the_models_own(kind: Kind) -> None:
+    model = served()
+    expected = model.generate(PROMPTS[0])
+    model.skeleton.generation_config.eos_token_id = expected[4]
+    async with running(kind, model) as engine:
+        assert await tokens_of(engine, request()) == expected
+
+
+@pytest.mark.parametrize("kind", BOTH)
 async def test_closing_the_iterator_frees_the_slot(kind: Kind) -> None:
     model = served()
     config = replace(CONFIG, max_running=1, max_waiting=0)

@@ -1,21 +1,19 @@
 """The gateway over real replicas: exact answers, and failures that cost only their own call."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import torch
+from chaos.collector import collecting
 from tests.checkpoints import VOCAB_SIZE
-from tests.collector import collecting
-from tests.mesh import HOST, MODEL, MakeCheckpoint, Mesh
+from tests.gateways import running_gateway, tokens_of
+from tests.mesh import MakeCheckpoint, Mesh
 from transformers import AutoModelForCausalLM
 
 from expertmesh.client.failures import error_of
-from expertmesh.client.generate import AsyncClient, request_of
-from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
 from expertmesh.runtime.errors import (
     ExpertMeshError,
     ExpertUnavailable,
@@ -24,46 +22,12 @@ from expertmesh.runtime.errors import (
 )
 from expertmesh.runtime.telemetry import configure
 from expertmesh.runtime.tensors import from_proto, to_proto
-from expertmesh.services.gateway.deployment import GatewayArgs
-from expertmesh.services.gateway.gateway import Gateway
-from expertmesh.services.health import wait_serving
 from expertmesh.services.parity import generate_greedy, pad_left, random_prompts
+from expertmesh.services.settings import SelectionSettings
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc
 
 NUM_NEW = 16
 READY_S = 20.0
-
-
-@asynccontextmanager
-async def running_gateway(mesh: Mesh, path: Path, **changes: Any) -> AsyncIterator[str]:
-    """A gateway of this mesh; yields its address."""
-    fields: dict[str, Any] = {
-        "host": HOST,
-        "port": 0,
-        "model_dir": str(path),
-        "model": MODEL,
-        "redis_url": mesh.redis_url,
-        "mesh": mesh.name,
-        "dtype": "auto",
-        "deterministic": False,
-        "max_message_bytes": DEFAULT_MAX_MESSAGE_BYTES,
-        "otlp_endpoint": None,
-        "log_level": "WARNING",
-        "kv_cache_tokens": 2048,
-        "max_batch_tokens": 128,
-    }
-    gateway = await Gateway.start(GatewayArgs(**(fields | changes)))
-    try:
-        await wait_serving(gateway.address, READY_S)
-        yield gateway.address
-    finally:
-        await gateway.stop()
-
-
-async def tokens_of(address: str, prompt: list[int], num_new: int = NUM_NEW) -> list[int]:
-    async with AsyncClient(address) as client:
-        request = request_of(prompt, max_new_tokens=num_new, ignore_eos=True)
-        return [token async for chunk in client.generate(request) for token in chunk.tokens]
 
 
 async def score(address: str, **fields: Any) -> torch.Tensor:
@@ -95,6 +59,80 @@ async def test_tokens_and_logits_are_those_of_transformers(
         for prompt in prompts.rows():
             alone = generate_greedy(reference, pad_left([prompt], pad_id=0))
             assert await tokens_of(address, prompt) == alone.tokens_BN[0].tolist()
+
+
+async def test_a_selection_that_changes_nothing_has_the_same_bits(
+    mesh: Mesh, checkpoint: MakeCheckpoint
+) -> None:
+    path, prompts = checkpoint("mixtral"), random_prompts(VOCAB_SIZE)
+    await mesh.replicas(path, 2)
+    with torch.no_grad():
+        expected = load_full(path)(prompts.tokens_BS, attention_mask=prompts.mask_BS).logits
+    fields = {"tokens": to_proto(prompts.tokens_BS), "mask": to_proto(prompts.mask_BS)}
+    for selection in (SelectionSettings(quality_budget=0.3), SelectionSettings(top_k=2)):
+        async with running_gateway(mesh, path, selection=selection) as address:
+            assert torch.equal(await score(address, **fields), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+async def test_fewer_experts_are_those_of_a_model_with_fewer(
+    mesh: Mesh, checkpoint: MakeCheckpoint, family: str, dtype: torch.dtype
+) -> None:
+    path, prompts = checkpoint(family, dtype=dtype), random_prompts(VOCAB_SIZE)
+    await mesh.replicas(path, 2)
+    fewer = AutoModelForCausalLM.from_pretrained(path, dtype="auto", num_experts_per_tok=1).eval()
+    with torch.no_grad():
+        expected = fewer(prompts.tokens_BS, attention_mask=prompts.mask_BS).logits
+    fields = {"tokens": to_proto(prompts.tokens_BS), "mask": to_proto(prompts.mask_BS)}
+    async with running_gateway(mesh, path, selection=SelectionSettings(top_k=1)) as address:
+        assert torch.equal(await score(address, **fields), expected)
+
+
+async def answered(address: str, prompts: list[list[int]]) -> int:
+    """How many of these prompts get a token."""
+    num = 0
+    for prompt in prompts:
+        with contextlib.suppress(ExpertUnavailable):
+            num += len(await tokens_of(address, prompt, 1))
+    return num
+
+
+async def test_a_missing_group_costs_quality_where_that_is_allowed(
+    mesh: Mesh, checkpoint: MakeCheckpoint
+) -> None:
+    """A row whose best expert is the one lost still fails."""
+    path = checkpoint("mixtral", num_experts_per_tok=4)
+    replicas = await mesh.replicas(path, 8)
+    selection = SelectionSettings(quality_budget=0.99, exact_sample_frac=1)
+    prompts = [[token] for token in range(5, 25)]
+    async with (
+        running_gateway(mesh, path, selection=selection) as lenient,
+        running_gateway(mesh, path) as exact,
+    ):
+        assert await answered(lenient, prompts) == await answered(exact, prompts) == len(prompts)
+        await replicas["g5#1"].drain_and_stop()
+        assert await answered(lenient, prompts) > await answered(exact, prompts)
+
+
+@pytest.mark.parametrize(
+    ("family", "selection", "error"),
+    [
+        ("llama4", SelectionSettings(quality_budget=0.1), InvalidInput),
+        ("mixtral", SelectionSettings(top_k=9), InvalidInput),
+    ],
+)
+async def test_a_selection_that_cannot_be_is_refused_at_the_start(
+    mesh: Mesh,
+    checkpoint: MakeCheckpoint,
+    family: str,
+    selection: SelectionSettings,
+    error: type[ExpertMeshError],
+) -> None:
+    path = checkpoint(family)
+    with pytest.raises(error, match="selection"):
+        async with running_gateway(mesh, path, selection=selection):
+            pass
 
 
 async def test_a_missing_group_fails_the_call_and_its_return_mends_it(

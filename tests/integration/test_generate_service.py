@@ -107,6 +107,16 @@ def idle(_one_thread: None) -> Gateway:
     return build("exact")
 
 
+class Caller:
+    """All that the servicer asks of a call's context."""
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
+
 def ask(**fields: Any) -> pb.GenerateRequest:
     defaults: dict[str, Any] = {"tokens": pb.TokenIds(ids=PROMPT), "max_new_tokens": NUM_NEW}
     defaults["ignore_eos"] = True
@@ -116,12 +126,12 @@ def ask(**fields: Any) -> pb.GenerateRequest:
 
 
 async def answers(servicer: GenerateServicer, request: pb.GenerateRequest) -> list[Any]:
-    context: Any = None
+    context: Any = Caller()
     return [message async for message in servicer.Generate(request, context)]
 
 
 async def score(servicer: GenerateServicer, request: pb.ScoreRequest) -> torch.Tensor:
-    context: Any = None
+    context: Any = Caller()
     return tensors.from_proto((await servicer.Score(request, context)).logits, "logits")
 
 
@@ -164,7 +174,7 @@ async def test_stop_string_ends_before_itself(gateway: Gateway) -> None:
 
 
 async def test_leaving_early_frees_the_slot(gateway: Gateway) -> None:
-    context: Any = None
+    context: Any = Caller()
     stream = gateway.servicer.Generate(ask(max_new_tokens=200), context)
     await anext(aiter(stream))
     before = len(gateway.caller.calls)

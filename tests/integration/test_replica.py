@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.packing import HIDDEN_SIZE, ExpertCaller, pack, random_hidden, random
 from tests.reference_experts import expert_modules, load_model, reference
 from tests.waiting import until
 
+from expertmesh.experts.ffn import ExpertFFN
 from expertmesh.runtime.errors import (
     InternalError,
 )
@@ -142,8 +144,9 @@ async def test_health_runs_a_real_row(mesh: Mesh, checkpoint: MakeCheckpoint) ->
     await replica.check_health()
     assert replica.load().done_rows == 0, "a health check says nothing about load"
     first = replica._loaded.layers[0]
-    first._down_SDF.fill_(torch.nan)
-    with pytest.raises(InternalError, match=r"expert 0 gave .* not finite"):
+    assert isinstance(first, ExpertFFN)
+    first.stack.down_SDF.fill_(torch.nan)
+    with pytest.raises(InternalError, match=r"an expert gave .* not finite"):
         await replica.check_health()
 
 
@@ -180,9 +183,65 @@ async def test_a_device_that_fails_is_not_healthy(mesh: Mesh, checkpoint: MakeCh
 
 async def test_an_overloaded_replica_is_healthy(mesh: Mesh, checkpoint: MakeCheckpoint) -> None:
     replica = await mesh.replica(checkpoint("mixtral"))
-    replica.set_limits({"max_queue_rows": 4})
+    replica.set_live({"max_queue_rows": 4})
     async with ExpertCaller(replica.address) as caller:
         with stalled(replica):
             await caller.stream.write(random_request(0, 4, id=1).request)
             await until(lambda: replica.load().queued_rows == 4)
             await asyncio.wait_for(replica.check_health(), 1)
+
+
+async def test_a_replica_with_a_long_queue_is_healthy(
+    mesh: Mesh, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve would replace it, and its queue with it, for a check that waits for its turn."""
+    monkeypatch.setattr("expertmesh.experts.trials._PATIENCE_S", 0.01)
+    replica = await mesh.replica(checkpoint("mixtral"))
+    replica.set_live({"max_batch_rows": 1, "at_once_s": 0})
+    compute = replica._batcher._compute
+
+    def slowly(rows: Any) -> torch.Tensor:
+        time.sleep(0.05)
+        return compute(rows)
+
+    async with ExpertCaller(replica.address) as caller:
+        with stalled(replica) as stall:
+            for number in range(100):
+                await caller.stream.write(random_request(0, 1, id=number).request)
+            await until(lambda: replica.load().queued_rows == 100)
+            check = asyncio.create_task(replica.check_health())
+            await until(lambda: replica.load().queued_rows == 101)
+            replica._batcher._compute = slowly
+            stall.release()
+            await asyncio.wait_for(check, 30)
+        assert replica.load().done_rows < 100, "it did not wait for its turn"
+
+
+async def test_a_replica_that_computes_nothing_is_not_healthy(
+    mesh: Mesh, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve's own timeout ends the check."""
+    monkeypatch.setattr("expertmesh.experts.trials._PATIENCE_S", 0.01)
+    monkeypatch.setattr("expertmesh.experts.load_stats.OVERDUE_S", 0.0)
+    replica = await mesh.replica(checkpoint("mixtral"))
+    async with ExpertCaller(replica.address) as caller:
+        with stalled(replica) as stall:
+            await caller.stream.write(random_request(0, 1, id=1).request)
+            await until(lambda: stall.num_batches == 1)
+            await asyncio.sleep(0.1)  # many times what a row takes here
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(replica.check_health(), 0.5)
+
+
+async def test_a_replica_within_one_long_batch_is_healthy(
+    mesh: Mesh, checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of rows on a slow device take longer than three health checks."""
+    monkeypatch.setattr("expertmesh.experts.trials._PATIENCE_S", 0.01)
+    replica = await mesh.replica(checkpoint("mixtral"))
+    async with ExpertCaller(replica.address) as caller:
+        with stalled(replica) as stall:
+            await caller.stream.write(random_request(0, 1, id=1).request)
+            await until(lambda: stall.num_batches == 1)
+            await asyncio.wait_for(replica.check_health(), 5)
+            assert stall.num_batches == 1, "nothing was computed meanwhile"

@@ -145,7 +145,7 @@ async def test_an_expired_deadline(mesh: Mesh, checkpoint: MakeCheckpoint) -> No
 
 async def test_a_full_queue_refuses_at_once(mesh: Mesh, checkpoint: MakeCheckpoint) -> None:
     replica = await mesh.replica(checkpoint("mixtral"))
-    replica.set_limits({"max_queue_rows": 5})
+    replica.set_live({"max_queue_rows": 5})
     async with ExpertCaller(replica.address) as caller:
         with stalled(replica):
             await caller.stream.write(good(1))
@@ -161,9 +161,9 @@ async def test_a_full_queue_refuses_at_once(mesh: Mesh, checkpoint: MakeCheckpoi
 
 async def test_wrong_limits_change_nothing(mesh: Mesh, checkpoint: MakeCheckpoint) -> None:
     replica = await mesh.replica(checkpoint("mixtral"))
-    replica.set_limits({"max_queue_rows": 2})
+    replica.set_live({"max_queue_rows": 2})
     with pytest.raises(ConfigError, match="max_batch_rows"):
-        replica.set_limits({"max_queue_rows": 99, "max_batch_rows": 0})
+        replica.set_live({"max_queue_rows": 99, "max_batch_rows": 0})
     async with ExpertCaller(replica.address) as caller:
         assert type(await caller.refused(good())) is QueueFull
 

@@ -207,7 +207,7 @@ async def test_what_may_be_asked_may_be_answered(mesh: Mesh, checkpoint: MakeChe
     """The answer to the longest request allowed is some bytes longer."""
     path = checkpoint("mixtral")
     num_rows = 16
-    header_bytes = 25  # of the request to the replica
+    header_bytes = 34  # of the request to the replica
     limit = num_rows * HIDDEN_SIZE * 4 + header_bytes
     await mesh.replica(path, max_message_bytes=limit)
     router = await mesh.router(path, max_message_bytes=limit)

@@ -18,6 +18,7 @@ from tests.mesh import MakeCheckpoint, Mesh
 
 from expertmesh.client.failures import error_of
 from expertmesh.runtime import errors
+from expertmesh.runtime.error_status import from_status
 from expertmesh.runtime.server import MeshServer, running
 from expertmesh.v1 import generate_pb2, generate_pb2_grpc, router_pb2, router_pb2_grpc
 
@@ -162,7 +163,8 @@ async def test_reflection_lists_every_service_of_every_server(
     replica, router = await mesh.replica(path), await mesh.router(path)
     at_replica = await asyncio.to_thread(reflected, replica.address)
     at_router = await asyncio.to_thread(reflected, router.target)
-    assert at_replica == ALWAYS | {"expertmesh.v1.ExpertService"}
+    own = {"expertmesh.v1.ExpertService", "expertmesh.v1.PlacementService"}
+    assert at_replica == ALWAYS | own
     assert at_router == ALWAYS | {ROUTER, "expertmesh.v1.ControlService"}
 
 
@@ -190,7 +192,7 @@ async def test_an_error_arrives_with_its_code_text_and_details(
         assert status.details[0].Unpack(info)
         assert (info.domain, info.reason) == ("expertmesh", raised.reason())
         assert dict(info.metadata) == raised.fields
-        again = errors.from_status(status)
+        again = from_status(status)
         assert (type(again), again.message, again.fields) == (
             type(raised),
             raised.message,
@@ -206,7 +208,7 @@ async def test_a_stream_fails_after_what_it_has_sent() -> None:
         call: Any = up.generate.Generate(generate_pb2.GenerateRequest())
         assert (await call.read()).text == "first"
         failed = await failure(call.read())
-        assert isinstance(errors.from_status(rpc_status.from_call(failed)), errors.Draining)
+        assert isinstance(from_status(rpc_status.from_call(failed)), errors.Draining)
 
 
 async def test_an_unexpected_exception_keeps_its_text_to_the_log(
@@ -221,7 +223,7 @@ async def test_an_unexpected_exception_keeps_its_text_to_the_log(
             seen = f"{failed.details()} {failed.trailing_metadata()} {failed.debug_error_string()}"
             assert "password" not in seen
             status = rpc_status.from_call(failed)
-            assert isinstance(errors.from_status(status), errors.InternalError)
+            assert isinstance(from_status(status), errors.InternalError)
         logged = [record for record in caplog.records if record.exc_info]
         assert len(logged) == 2
         assert all("password" in str(record.exc_info) for record in logged)

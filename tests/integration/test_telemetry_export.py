@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from chaos.collector import Collector, collecting
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
-from tests.collector import Collector, collecting
 
-from expertmesh.runtime.telemetry import configure, inject
+from expertmesh.runtime.telemetry import configure
+from expertmesh.runtime.trace_context import inject
 
 
 @pytest.fixture
@@ -71,13 +72,37 @@ def test_one_trace_spans_two_processes(collector: tuple[Collector, str]) -> None
 
 def test_unsampled_traces_stay_unsampled_everywhere(collector: tuple[Collector, str]) -> None:
     received, endpoint = collector
-    telemetry = configure("router", endpoint, sample_frac=0.0)
+    telemetry = configure("router", endpoint, sample_frac=1e-12)
     with telemetry.span("router.forward"):
         flags = int(inject()[-2:], 16)
         assert flags & 1 == 0
         run_expert(endpoint, inject())
     telemetry.shutdown()
     assert received.spans.keys() == {"expert.batch"}, "the batch is a trace of its own"
+
+
+def test_where_no_trace_begins_only_a_callers_is_recorded(
+    collector: tuple[Collector, str],
+) -> None:
+    received, endpoint = collector
+    telemetry = configure("expert", endpoint, sample_frac=0.0)
+    with telemetry.span("expert.alone"):
+        assert inject() == ""
+        assert telemetry.start("expert.below")[1] == ""
+    with telemetry.span("expert.asked", parent=f"00-{'1' * 32}-{'2' * 16}-01"):
+        telemetry.start("expert.below")[0].end()
+    telemetry.shutdown()
+    assert received.spans.keys() == {"expert.asked", "expert.below"}
+
+
+def test_a_share_of_the_traces_is_at_most_one_a_second(collector: tuple[Collector, str]) -> None:
+    received, endpoint = collector
+    telemetry = configure("router", endpoint, sample_frac=0.999999)
+    for number in range(100):
+        with telemetry.span(f"router.{number}"):
+            pass
+    telemetry.shutdown()
+    assert len(received.spans) == 1
 
 
 def test_metrics_arrive_with_unit_labels_and_buckets(collector: tuple[Collector, str]) -> None:

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Iterable
 
 import pytest
+from chaos.collector import Collector, collecting
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
-from tests.collector import Collector, collecting
 from tests.mesh import MakeCheckpoint, Mesh
 from tests.packing import random_hidden
 from tests.router_caller import random_routing

@@ -10,18 +10,24 @@ from typing import Any
 
 import pytest
 import yaml
+from benchmarks.summary import with_table
+from chaos.drills import DRILLS
+from chaos.results import with_tables
 from tests.checkpoints import FAMILIES
 
 from expertmesh.runtime import errors
 from expertmesh.runtime.metrics import Metrics
 from expertmesh.services import cli
 from expertmesh.services.settings import MeshSettings
-from expertmesh.v1 import control_pb2, expert_pb2, generate_pb2, router_pb2
+from expertmesh.v1 import control_pb2, expert_pb2, generate_pb2, placement_pb2, router_pb2
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "README.md", ROOT / "ARCHITECTURE.md"]
-SOURCES = ("services", "router", "experts", "protos", "tests", "docs", "examples")
+SOURCES = (
+    *("services", "router", "experts", "protos", "tests", "docs", "examples"),
+    *("chaos", "k8s", "docker"),
+)
 SUFFIXES = (".py", ".md", ".proto", ".toml", ".txt", "/")
 COMMON = "services/expertmesh/services/commands/common.py"
 OUTSIDE = {"serve/"}
@@ -149,7 +155,7 @@ def test_every_error_is_in_the_table_with_its_code() -> None:
 
 
 def test_every_rpc_is_in_the_table() -> None:
-    modules = (control_pb2, expert_pb2, generate_pb2, router_pb2)
+    modules = (control_pb2, expert_pb2, generate_pb2, placement_pb2, router_pb2)
     services = [s for m in modules for s in m.DESCRIPTOR.services_by_name.values()]
     expected = {
         f"{service.name}.{method.name}" for service in services for method in service.methods
@@ -230,9 +236,21 @@ def test_flags_named_exist(page: Path) -> None:
         for flag in re.findall(r"\"(--[a-z-]+)\"", Path(str(command.__file__)).read_text("utf-8"))
     } | set(re.findall(r"\"(--[a-z-]+)\"", (ROOT / COMMON).read_text("utf-8")))
     for piece in code(page.read_text("utf-8")):
-        _, ours, args = piece.partition("expertmesh ")
-        for flag in re.findall(r"--[a-z][a-z-]*", args if ours else ""):
+        ours = re.search(r"\bexpertmesh (?=[a-z])(.*)", piece)  # not kubectl's -n expertmesh
+        for flag in re.findall(r"--[a-z][a-z-]*", ours[1] if ours else ""):
             assert flag in flags, f"{page.name}: {piece}"
+
+
+def test_the_bars_are_those_of_the_results() -> None:
+    page = text_of("performance.md")
+    assert page == with_table(page), "run `python -m benchmarks.summary`"
+
+
+def test_the_drills_are_described_and_their_results_are_those_of_the_last_runs() -> None:
+    page = text_of("failures.md")
+    described = {name.strip(" `") for row in table(page, "drill") for name in row[0].split(",")}
+    assert described == set(DRILLS)
+    assert page == with_tables(page), "run `python -m chaos.results`"
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

@@ -26,6 +26,17 @@ class PackedRows(NamedTuple):
         return self.rows_RD.shape[0]
 
 
+class Computed(NamedTuple):
+    """One request's answer."""
+
+    rows_RD: torch.Tensor
+    queue_s: float
+    """From admission to the start of compute."""
+    compute_s: float
+    """Of the batch the request was computed in."""
+    batch_rows: int
+
+
 @dataclass(frozen=True)
 class MergedBatch:
     """Several requests' rows as one, and where each piece came from."""
@@ -33,6 +44,11 @@ class MergedBatch:
     rows: PackedRows
     pieces: tuple[tuple[int, int], ...]
     """(request, number of rows) of each contiguous piece, in the batch's row order."""
+
+
+def experts_of(requests: Sequence[PackedRows]) -> tuple[int, ...]:
+    """The experts of requests of one layer, ascending."""
+    return tuple(sorted(set().union(*(rows.experts for rows in requests))))
 
 
 def merge(requests: Sequence[PackedRows]) -> MergedBatch:
@@ -47,7 +63,7 @@ def merge(requests: Sequence[PackedRows]) -> MergedBatch:
         dict(zip(r.experts, torch.split(r.rows_RD, list(r.rows_per_expert)), strict=True))
         for r in requests
     ]
-    experts = tuple(sorted(set().union(*sliced)))
+    experts = experts_of(requests)
     pieces, counts, parts = [], [], []
     for expert in experts:
         owned = [(index, rows[expert]) for index, rows in enumerate(sliced) if expert in rows]

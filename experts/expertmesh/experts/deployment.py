@@ -4,13 +4,28 @@
 `args` as in `ExpertGroupArgs`. Deploy through Serve's config path: `serve.run` restarts replicas.
 """
 
+import logging
 from typing import Any
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 from ray import serve
 
 from expertmesh.experts.limits import BatchLimits, Heartbeats
 from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES, GREATEST_MAX_MESSAGE_BYTES
+from expertmesh.runtime.errors import ConfigError
+from expertmesh.runtime.imports import collector_paused
+from expertmesh.runtime.ports import PortRange
+from expertmesh.runtime.security.redis_secrets import RedisSecrets, without_password
+from expertmesh.runtime.security.settings import TlsSettings
+
+logger = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 5.0
@@ -29,7 +44,9 @@ class ExpertGroupArgs(Heartbeats):
     experts: str | dict[int, str]
     """Expert ids held in every MoE layer, like "0-3,7", or by layer."""
     redis_url: str
-    """Where heartbeats go."""
+    """Where heartbeats go; without a password, as Serve logs its arguments."""
+    redis_secrets: RedisSecrets = RedisSecrets()
+    """Where the password of Redis is, and certificates."""
     mesh: str = "default"
     """Name space in Redis; routers of the same mesh see the group."""
     dtype: str = "auto"
@@ -40,12 +57,34 @@ class ExpertGroupArgs(Heartbeats):
     """GPUs Ray reserves for a replica; fractions share a GPU."""
     num_cpus: NonNegativeFloat = 0.0
     """CPUs Ray reserves for a replica."""
+    label_selector: dict[str, str] = Field(default={})
+    """Labels of the Ray nodes that may run the group."""
     threads: PositiveInt = 1
     """Threads of a replica's CPU matrix multiplications."""
+    device_memory_bytes: PositiveInt | None = None
+    """Device memory for the weights of a replica's experts; those that do not fit are loaded when
+    they are needed. None holds all of them, or if they do not fit, 90 % of what is free."""
+    host_memory_bytes: NonNegativeInt = 0
+    """Host memory (pinned for a GPU) for weights that the device does not hold, ready to be copied
+    there; what it does not hold either is read from the checkpoint."""
+    guest_memory_bytes: NonNegativeInt = 0
+    """Device memory for experts that the controller brings to a replica beside its own, as copies
+    of hot ones; 0 takes none."""
+    prefetch: bool = True
+    """Load the experts that the next layer will probably need before they are asked for."""
+    simulated_load_bytes_per_s: PositiveFloat | None = None
+    """Slows loads down to this rate. It stands for the link to a GPU where there is none, for tests
+    and benchmarks on a CPU; none does not slow down."""
     host: str = ""
     """Address the replica's gRPC server listens on and announces; "" is the node's."""
-    port: NonNegativeInt = 0
-    """Port of the server; 0 lets the kernel choose."""
+    ports: PortRange = ""
+    """Ports of the server, like "20000-20015": it takes the first free one; "" is any."""
+    tls: TlsSettings = TlsSettings()
+    """Certificate of the replica; with it, only processes with the mesh's identity can call."""
+    insecure: bool = False
+    """Listen without TLS on an address that is not loopback."""
+    local_socket: bool = True
+    """Let routers of the same host and user call over a Unix socket instead of gRPC."""
     deterministic: bool = False
     """Give every caller the bits it would get alone, whoever else is served; slower under load."""
     reject_nonfinite: bool = False
@@ -59,21 +98,38 @@ class ExpertGroupArgs(Heartbeats):
     log_level: str = "INFO"
     """Level of the replica's log."""
 
+    @field_validator("redis_url")
+    @classmethod
+    def _no_password(cls, url: str) -> str:
+        return without_password(url)
+
 
 class ExpertGroup:
     """What Serve runs: starts the replica on Serve's user loop and hands Serve's hooks to it."""
 
     async def __init__(self, args: ExpertGroupArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        from expertmesh.experts.replica import Replica  # torch is imported here, in the replica
+        with collector_paused():
+            from expertmesh.experts.replica import Replica  # torch is imported here, in the replica
 
         context = serve.get_replica_context()
         self._replica: Replica | None = None
+        self._is_configured = False
         self._replica = await Replica.start(args, name=context.replica_tag)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve's `user_config`: queue and batch limits, changed without a restart."""
+        """Serve's `user_config`, a `LiveConfig`: changed without a restart.
+
+        Serve kills a replica that raises here, without a drain. So a wrong field ends a replica
+        that has just been started, and one that serves keeps what it has.
+        """
         assert self._replica
-        self._replica.set_limits(user_config)
+        try:
+            self._replica.set_live(user_config)
+        except ConfigError as error:
+            if not self._is_configured:
+                raise
+            logger.error("user_config is refused, all stays as it is: %s", error.message)
+        self._is_configured = True
 
     async def check_health(self) -> None:
         """Runs one row through an expert; raising makes Serve replace the replica."""
@@ -84,6 +140,12 @@ class ExpertGroup:
         """Load for Serve's autoscaling policies; traffic does not pass through Serve's handles."""
         assert self._replica
         return self._replica.autoscaling_stats()
+
+    async def __call__(self, request: object) -> dict[str, str]:
+        """Serve's HTTP route of the group: who answers. It is there for KubeRay, whose readiness
+        check of a worker passes only where a route leads to a replica; rows come over gRPC."""
+        assert self._replica
+        return {"group": self._replica.group, "address": self._replica.address}
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Lets Serve's controller know the endpoint as well."""
@@ -99,9 +161,18 @@ class ExpertGroup:
 
 def build(args: ExpertGroupArgs) -> serve.Application:
     """The group's application: one deployment named like the group."""
+    return build_with(ExpertGroup, args)
+
+
+def build_with(kind: type[ExpertGroup], args: ExpertGroupArgs) -> serve.Application:
+    """The same with replicas of another kind."""
     deployment = serve.deployment(
         name=args.group,
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": args.num_gpus,
+            "label_selector": args.label_selector,
+        },
         user_config=BatchLimits().model_dump(),
         max_surge_percent=100,
         health_check_period_s=HEALTH_PERIOD_S,
@@ -109,4 +180,4 @@ def build(args: ExpertGroupArgs) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=DRAIN_TIMEOUT_S,
     )
-    return deployment(ExpertGroup).bind(args)
+    return deployment(kind).bind(args)

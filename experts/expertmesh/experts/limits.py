@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from expertmesh.runtime.config import Settings
 
@@ -19,6 +19,11 @@ class BatchLimits(Settings):
     spot, without the queue's change of threads; 0 queues everything."""
     max_queue_rows: PositiveInt = 65536
     """Rows admitted and not yet answered at most; beyond it callers get QueueFull."""
+    max_queue_bytes: PositiveInt = 1 << 30
+    """Bytes of the rows admitted and not yet answered at most; beyond it callers get QueueFull."""
+    ageing_s: PositiveFloat = 1.0
+    """Rows of priority "batch" wait while interactive ones do, but get one batch of their own each
+    time they have had none for so long."""
 
 
 class Heartbeats(Settings):

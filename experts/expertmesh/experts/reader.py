@@ -3,18 +3,21 @@
 Shapes: D hidden size, F FFN size.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-import torch
-
-from expertmesh.experts.dequant import dequantise_fp8, dequantise_mxfp4
 from expertmesh.experts.expert_spec import ExpertSpec, declared_num_experts, declared_num_layers
 from expertmesh.experts.layouts import ExpertIndex, Family, LayerLayout, Part, index_experts
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import UnknownExpert, UnsupportedCheckpoint
 
+if TYPE_CHECKING:  # what only looks at headers starts without torch
+    import torch
+
 _QUANT_METHODS = ("fp8", "mxfp4")
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 _AS_THEY_LIE = (Family.FUSED, Family.FUSED_TRANSPOSED, Family.STACKED)
 
 
@@ -109,20 +112,24 @@ class ExpertReader:
             return 0, 0
         keys = layout.parts[0]
         up = keys.get(("gate_up", "weight")) or keys["up", "weight"]
-        if _FLOATS[self.checkpoint.dtype(up)] != dtype:
+        if _FLOATS[self.checkpoint.dtype(up)] != str(dtype):
             return 0, 0
         down = keys["down", "weight"]
         return self.checkpoint.offset_bytes(up), self.checkpoint.offset_bytes(down)
 
-    def load(self, layer: int, expert: int, dtype: torch.dtype = torch.bfloat16) -> ExpertTensors:
+    def load(self, layer: int, expert: int, dtype: torch.dtype | None = None) -> ExpertTensors:
         """One expert, as views of the mapped files; copy what must outlive a change of the files.
 
         Args:
-            dtype: of weights that are quantised on disk; others stay in the type they have there.
+            dtype: of weights that are quantised on disk, bfloat16 if not given; others stay in the
+                type they have there.
 
         Raises:
             UnknownExpert: no such layer or expert.
         """
+        from torch import bfloat16
+
+        dtype = dtype or bfloat16
         layout = self._layout(layer)
         if not 0 <= expert < layout.num_experts:
             raise UnknownExpert(
@@ -137,6 +144,13 @@ class ExpertReader:
                 return self._load_stacked(layout, expert)
             case Family.FUSED | Family.FUSED_TRANSPOSED | Family.MXFP4:
                 return self._load_fused(layout, expert, dtype)
+
+    def check_still_there(self, layer: int, expert: int) -> None:
+        """Raises DamagedShard if a file that `load` would read has been cut off since."""
+        layout = self._layout(layer)
+        separate = layout.family in (Family.PER_EXPERT, Family.PER_EXPERT_FP8)
+        keys = layout.keys_of(expert) if separate else layout.parts[0]
+        self.checkpoint.check_still_there(keys.values())
 
     def _layout(self, layer: int) -> LayerLayout:
         if layer not in self.index.layers:
@@ -153,6 +167,8 @@ class ExpertReader:
             raw = self.checkpoint.tensor(keys[projection, "weight"])
             if (projection, "scale") not in keys:
                 return raw
+            from expertmesh.experts.dequant import dequantise_fp8
+
             scale = self.checkpoint.tensor(keys[projection, "scale"])
             return dequantise_fp8(raw, scale, dtype, self._block)
 
@@ -188,6 +204,8 @@ class ExpertReader:
     ) -> torch.Tensor:
         keys = layout.parts[0]
         if layout.family is Family.MXFP4:
+            from expertmesh.experts.dequant import dequantise_mxfp4
+
             blocks = self.checkpoint.row(keys[projection, "blocks"], expert)
             scales = self.checkpoint.row(keys[projection, "scales"], expert)
             return dequantise_mxfp4(blocks, scales, dtype)

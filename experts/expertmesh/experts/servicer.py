@@ -3,19 +3,26 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import Span, SpanKind
 
-from expertmesh.experts.admission import Holding, admit
-from expertmesh.experts.batcher import Computed, MicroBatcher
+from expertmesh.experts.admission import Holding, RowMemory, admit
+from expertmesh.experts.answering import Answering, Reply
+from expertmesh.experts.batch import Computed
+from expertmesh.experts.batcher import MicroBatcher
+from expertmesh.experts.outbox import Outbox
 from expertmesh.runtime import wire
 from expertmesh.runtime.errors import DeadlineExceeded, ExpertMeshError, MalformedMessage
+from expertmesh.runtime.origin import MAX_CALLER_CHARS, Origin, priority_of
 from expertmesh.runtime.server import status_of
-from expertmesh.runtime.telemetry import Telemetry, inject
+from expertmesh.runtime.telemetry import Telemetry
 from expertmesh.runtime.tensors import to_bytes
+from expertmesh.runtime.trace_context import NO_SPAN, inject
 from expertmesh.v1 import control_pb2, expert_pb2
 
 logger = logging.getLogger(__name__)
@@ -41,6 +48,8 @@ class ExpertServicer:
         telemetry: Telemetry,
         group: str,
     ) -> None:
+        self.rows: Counter[tuple[int, int]] = Counter()
+        """Rows computed of each (layer, expert)."""
         self._batcher = batcher
         self._holding = holding
         self._describe = describe
@@ -48,6 +57,7 @@ class ExpertServicer:
         self._telemetry = telemetry
         self._metrics = telemetry.metrics
         self._group = group
+        self._memory = RowMemory()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with identity serializers, so that payloads are never copied by protobuf."""
@@ -70,83 +80,116 @@ class ExpertServicer:
         """One packed request."""
         header, payload = wire.decode(expert_pb2.ComputeRequest, data)
         remaining_s = context.time_remaining()
-        return await self._answer(header, payload, remaining_s)
+        try:
+            return wire.encode(*await self._computed(header, payload, remaining_s))
+        except ExpertMeshError as error:
+            self._count(error)
+            raise
 
     async def compute_stream(self, requests: Any, context: Any) -> None:
         """Requests as they come, each answered when its batch is done."""
-        write_lock = asyncio.Lock()
+        outbox = Outbox(context)
         broken: MalformedMessage | None = None
+
+        async def send(reply: Reply) -> None:
+            await outbox.send(wire.encode(*reply))
+
+        async def send_later(header: expert_pb2.ComputeRequest, payload: memoryview) -> None:
+            await send(await self.answer(header, payload))
+
+        def send_soon(reply: Reply) -> None:
+            sending = send(reply)
+            try:
+                answers.create_task(sending)
+            except RuntimeError:  # the stream has ended
+                sending.close()
+
+        answering = Answering(send_soon)
         try:
             async with asyncio.TaskGroup() as answers:
-                while (data := await context.read()) is not grpc.aio.EOF:
+                while (data := await outbox.read()) is not grpc.aio.EOF:
                     try:
                         header, payload = wire.decode(expert_pb2.ComputeRequest, data)
                     except MalformedMessage as error:  # has no id to answer to: it ends the stream
                         broken = error
                         break
-                    answer = self._answer_on(context, write_lock, header, payload)
-                    if self._batcher.computes_at_once(sum(header.rows_per_expert)):
-                        await answer
+                    if header.cancels and answering.cancel(header):
+                        continue
+                    if reply := self.answer_at_once(header, payload):
+                        await send(reply)
                     else:
-                        answers.create_task(answer)
+                        answering.add(header.id, answers.create_task(send_later(header, payload)))
         except* grpc.aio.BaseError as gone:
             logger.debug("a caller left before its answers: %s", gone.exceptions[0])
         if broken:  # what came before it has been answered
             raise broken
 
-    async def _answer_on(
-        self,
-        context: Any,
-        write_lock: asyncio.Lock,
-        header: expert_pb2.ComputeRequest,
-        payload: memoryview,
-    ) -> None:
+    def answer_at_once(
+        self, header: expert_pb2.ComputeRequest, payload: memoryview
+    ) -> Reply | None:
+        """The answer, if there are few rows and nobody waits; else None: `answer` gives it."""
+        batcher = self._batcher
+        if not batcher.computes_at_once(sum(header.rows_per_expert)):
+            return None
+        if not batcher.is_ready(header.layer, header.experts):
+            return None
         try:
-            data = await self._answer(header, payload, None)
+            with self._span(header) as span:
+                rows = admit(header, payload, self._holding, self._memory.rows)
+                done = batcher.compute_now(rows)
+                self._trace(span, header, done)
+            return self._reply(header, done)
         except Exception as error:
-            failure = expert_pb2.ComputeResponse(
-                id=header.id, error=status_of(error), load=self._load()
-            )
-            data = failure.SerializeToString()
-        async with write_lock:  # writes of one grpc.aio stream must not overlap
-            await context.write(data)
+            return self._failure(header, error)
 
-    async def _answer(
+    async def answer(self, header: expert_pb2.ComputeRequest, payload: memoryview) -> Reply:
+        """The answer when its batch is done; an error is one, too."""
+        try:
+            return await self._computed(header, payload, None)
+        except Exception as error:
+            return self._failure(header, error)
+
+    async def _computed(
         self, header: expert_pb2.ComputeRequest, payload: memoryview, remaining_s: float | None
-    ) -> bytes:
+    ) -> Reply:
         timeout_s = header.timeout_ms / 1e3 if header.timeout_ms else remaining_s
-        with self._telemetry.span(
-            "expert.compute", parent=header.traceparent, kind=SpanKind.SERVER
-        ) as span:
-            try:
-                done = await self._compute(header, payload, timeout_s)
-            except ExpertMeshError as error:
-                self._metrics.errors.add(1, STAGE, error.code.name)
-                raise
-            finally:
-                self._metrics.calls.add(1, STAGE, "Compute")
-            if span.is_recording():
-                span.set_attributes(_attributes(header, done))
-                self._record_stages(done)
-        num_rows = done.rows_RD.shape[0]
-        self._metrics.rows.add(num_rows, STAGE, self._group)
-        self._metrics.queue_wait.record(done.queue_s, STAGE, self._group)
-        return self._encode(header, done)
+        with self._span(header) as span:
+            done = await self._batched(header, payload, timeout_s)
+            self._trace(span, header, done)
+        return self._reply(header, done)
 
-    async def _compute(
+    async def _batched(
         self, header: expert_pb2.ComputeRequest, payload: memoryview, timeout_s: float | None
     ) -> Computed:
         rows = admit(header, payload, self._holding)
+        origin = Origin(header.caller[:MAX_CALLER_CHARS], priority_of(header.priority))
         in_flight = self._metrics.in_flight_rows
         in_flight.add(rows.num_rows, STAGE, self._group)
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._batcher.submit(rows, timeout_s)
+                return await self._batcher.submit(rows, timeout_s, origin=origin)
         except TimeoutError as error:
             message = f"layer {header.layer}: not computed within {timeout_s:.3f} s"
             raise DeadlineExceeded(message, layer=header.layer) from error
         finally:
             in_flight.add(-rows.num_rows, STAGE, self._group)
+
+    def _span(self, header: expert_pb2.ComputeRequest) -> AbstractContextManager[Span]:
+        if not header.traceparent:  # traces begin with who calls
+            return NO_SPAN
+        return self._telemetry.span(
+            "expert.compute", parent=header.traceparent, kind=SpanKind.SERVER
+        )
+
+    def _count(self, error: Exception | None = None) -> None:
+        self._metrics.calls.add(1, STAGE, "Compute")
+        if isinstance(error, ExpertMeshError):
+            self._metrics.errors.add(1, STAGE, error.code.name)
+
+    def _trace(self, span: Span, header: expert_pb2.ComputeRequest, done: Computed) -> None:
+        if span.is_recording():
+            span.set_attributes(_attributes(header, done))
+            self._record_stages(done)
 
     def _record_stages(self, done: Computed) -> None:
         """The queue and the batch as spans of the caller's own trace."""
@@ -158,7 +201,13 @@ class ExpertServicer:
         batch = {"expertmesh.batch_rows": done.batch_rows}
         self._telemetry.record("expert.batch", start_ns, end_ns, batch, parent=here)
 
-    def _encode(self, header: expert_pb2.ComputeRequest, done: Computed) -> bytes:
+    def _reply(self, header: expert_pb2.ComputeRequest, done: Computed) -> Reply:
+        self._count()
+        for expert, count in zip(header.experts, header.rows_per_expert, strict=True):
+            self.rows[header.layer, expert] += count
+        num_rows = done.rows_RD.shape[0]
+        self._metrics.rows.add(num_rows, STAGE, self._group)
+        self._metrics.queue_wait.record(done.queue_s, STAGE, self._group)
         response = expert_pb2.ComputeResponse(
             id=header.id,
             dtype=header.dtype,
@@ -167,7 +216,14 @@ class ExpertServicer:
             queue_us=int(done.queue_s * 1e6),
             compute_us=int(done.compute_s * 1e6),
         )
-        return wire.encode(response, to_bytes(done.rows_RD))
+        return response, to_bytes(done.rows_RD)
+
+    def _failure(self, header: expert_pb2.ComputeRequest, error: Exception) -> Reply:
+        self._count(error)
+        failure = expert_pb2.ComputeResponse(
+            id=header.id, error=status_of(error), load=self._load()
+        )
+        return failure, memoryview(b"")
 
 
 def _attributes(header: expert_pb2.ComputeRequest, done: Computed) -> dict[str, Any]:

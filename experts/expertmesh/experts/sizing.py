@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from expertmesh.runtime.errors import InsufficientMemory
+from expertmesh.runtime.errors import ConfigError, InsufficientMemory
 
+HEADROOM_FRAC = 0.1
+"""Share of a device's memory left for activations, the CUDA context and other processes."""
 _UNITS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -49,18 +51,65 @@ def min_num_groups(
     return None
 
 
-def check_fits(group: str, needed_bytes: int, free_bytes: int, device: str) -> None:
+def check_fits(
+    group: str, needed_bytes: int, free_bytes: int, device: str, what: str = "its experts need"
+) -> None:
     """Raises InsufficientMemory if a group's experts need more than its device has free."""
     if needed_bytes <= free_bytes:
         return
     raise InsufficientMemory(
-        f"group {group}: its experts need {format_bytes(needed_bytes)}, {device} has "
+        f"group {group}: {what} {format_bytes(needed_bytes)}, {device} has "
         f"{format_bytes(free_bytes)} free. Use more groups, a smaller dtype, or a larger device.",
         group=group,
         needed_bytes=needed_bytes,
         free_bytes=free_bytes,
         device=device,
     )
+
+
+def device_budget(
+    group: str,
+    asked_bytes: int | None,
+    needed_bytes: int,
+    largest_bytes: int,
+    free_bytes: int,
+    device: str,
+) -> int | None:
+    """Bytes of device memory for a group's experts; None if all of them stay there.
+
+    Args:
+        asked_bytes: `device_memory_bytes`; None takes what is free less HEADROOM_FRAC, but only
+            if that does not do for all experts.
+        needed_bytes: of all experts.
+        largest_bytes: of the largest expert.
+
+    Raises:
+        ConfigError: `device_memory_bytes` does not hold one expert.
+        InsufficientMemory: the device has not that much free, or not enough for one expert.
+    """
+    if asked_bytes is None:
+        if needed_bytes <= free_bytes:
+            return None
+        budget_bytes = int(free_bytes * (1 - HEADROOM_FRAC))
+        check_fits(group, largest_bytes, budget_bytes, device, "even its largest expert needs")
+        return budget_bytes
+    check_holds_one("experts.device_memory_bytes", asked_bytes, largest_bytes)
+    if asked_bytes >= needed_bytes:
+        check_fits(group, needed_bytes, free_bytes, device)
+        return None
+    check_fits(group, asked_bytes, free_bytes, device, "experts.device_memory_bytes asks for")
+    return asked_bytes
+
+
+def check_holds_one(field: str, asked_bytes: int, largest_bytes: int) -> None:
+    """Raises ConfigError if a budget is less than the largest expert."""
+    if asked_bytes < largest_bytes:
+        raise ConfigError.of(
+            field,
+            expected=f"at least {largest_bytes}, the bytes of the largest expert",
+            got=asked_bytes,
+            hint="Raise it or leave it out.",
+        )
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -25,35 +25,55 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x90\x01\n\x0b\x44\x65viceState\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\x18\n\x10utilisation_frac\x18\x07 \x01(\x02\"u\n\x0bReplicaLoad\x12\x13\n\x0bqueued_rows\x18\x01 \x01(\r\x12\x13\n\x0brow_time_us\x18\x02 \x01(\x02\x12\x15\n\rqueue_time_us\x18\x03 \x01(\x02\x12\x11\n\tdone_rows\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\"\xfa\x03\n\x0cReplicaState\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12,\n\x06status\x18\x06 \x01(\x0e\x32\x1c.expertmesh.v1.ReplicaStatus\x12\r\n\x05model\x18\x07 \x01(\t\x12*\n\x05holds\x18\x08 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x13\n\x0bhidden_size\x18\n \x01(\r\x12*\n\x06\x64\x65vice\x18\x0b \x01(\x0b\x32\x1a.expertmesh.v1.DeviceState\x12(\n\x04load\x18\x0c \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoad\x12\x10\n\x08lease_ms\x18\r \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0e \x01(\x04\x12\x0b\n\x03pid\x18\x0f \x01(\r\x12\x0c\n\x04host\x18\x10 \x01(\t\x12\x15\n\rdeterministic\x18\x11 \x01(\x08\x12\x0f\n\x07version\x18\x12 \x01(\t\x12\x16\n\x0emax_batch_rows\x18\x13 \x01(\r\x12\x16\n\x0emax_queue_rows\x18\x14 \x01(\r\"\x14\n\x12GetSnapshotRequest\"t\n\x0bReplicaView\x12*\n\x05state\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.ReplicaState\x12\x0e\n\x06\x61ge_ms\x18\x02 \x01(\r\x12\x16\n\x0ein_flight_rows\x18\x03 \x01(\r\x12\x11\n\tset_aside\x18\x04 \x01(\t\"\x91\x01\n\x13GetSnapshotResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04mesh\x18\x02 \x01(\t\x12,\n\x08replicas\x18\x03 \x03(\x0b\x32\x1a.expertmesh.v1.ReplicaView\x12\x14\n\x0credis_age_ms\x18\x04 \x01(\r\x12\x17\n\x0fredis_connected\x18\x05 \x01(\x08\"\x17\n\x15GetExpertUsageRequest\")\n\nLayerUsage\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x03(\x04\"C\n\x16GetExpertUsageResponse\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.LayerUsage*f\n\rReplicaStatus\x12\x1e\n\x1aREPLICA_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_STATUS_READY\x10\x01\x12\x1b\n\x17REPLICA_STATUS_DRAINING\x10\x02\x32\xc5\x01\n\x0e\x43ontrolService\x12T\n\x0bGetSnapshot\x12!.expertmesh.v1.GetSnapshotRequest\x1a\".expertmesh.v1.GetSnapshotResponse\x12]\n\x0eGetExpertUsage\x12$.expertmesh.v1.GetExpertUsageRequest\x1a%.expertmesh.v1.GetExpertUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\".\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x90\x01\n\x0b\x44\x65viceState\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\x18\n\x10utilisation_frac\x18\x07 \x01(\x02\"\xf0\x01\n\x0bReplicaLoad\x12\x13\n\x0bqueued_rows\x18\x01 \x01(\r\x12\x13\n\x0brow_time_us\x18\x02 \x01(\x02\x12\x15\n\rqueue_time_us\x18\x03 \x01(\x02\x12\x11\n\tdone_rows\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x15\n\rbatch_time_us\x18\x06 \x01(\x02\x12\x16\n\x0e\x65xpert_time_us\x18\x07 \x01(\x02\x12\x13\n\x0brow_cost_us\x18\x08 \x01(\x02\x12\x15\n\rresident_bits\x18\t \x01(\x0c\x12\x0f\n\x07\x63\x61llers\x18\x0e \x01(\r\x12\r\n\x05\x64rift\x18\x0f \x01(\x02\"\xf7\x01\n\tResidency\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x02 \x01(\x04\x12-\n\x08resident\x18\x03 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\x12,\n\x07loading\x18\x04 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\x12+\n\x06in_use\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\x12\x14\n\x0cload_time_us\x18\x06 \x01(\x02\x12\x0c\n\x04hits\x18\x07 \x01(\x04\x12\x0e\n\x06misses\x18\x08 \x01(\x04\"\xd4\x04\n\x0cReplicaState\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12,\n\x06status\x18\x06 \x01(\x0e\x32\x1c.expertmesh.v1.ReplicaStatus\x12\r\n\x05model\x18\x07 \x01(\t\x12*\n\x05holds\x18\x08 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x13\n\x0bhidden_size\x18\n \x01(\r\x12*\n\x06\x64\x65vice\x18\x0b \x01(\x0b\x32\x1a.expertmesh.v1.DeviceState\x12(\n\x04load\x18\x0c \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoad\x12\x10\n\x08lease_ms\x18\r \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0e \x01(\x04\x12\x0b\n\x03pid\x18\x0f \x01(\r\x12\x0c\n\x04host\x18\x10 \x01(\t\x12\x15\n\rdeterministic\x18\x11 \x01(\x08\x12\x0f\n\x07version\x18\x12 \x01(\t\x12\x16\n\x0emax_batch_rows\x18\x13 \x01(\r\x12\x16\n\x0emax_queue_rows\x18\x14 \x01(\r\x12\x14\n\x0clocal_socket\x18\x15 \x01(\t\x12+\n\tresidency\x18\x16 \x01(\x0b\x32\x18.expertmesh.v1.Residency\x12\x15\n\rholds_version\x18\x17 \x01(\x04\"\x14\n\x12GetSnapshotRequest\"t\n\x0bReplicaView\x12*\n\x05state\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.ReplicaState\x12\x0e\n\x06\x61ge_ms\x18\x02 \x01(\r\x12\x16\n\x0ein_flight_rows\x18\x03 \x01(\r\x12\x11\n\tset_aside\x18\x04 \x01(\t\"\xbf\x01\n\x13GetSnapshotResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04mesh\x18\x02 \x01(\t\x12,\n\x08replicas\x18\x03 \x03(\x0b\x32\x1a.expertmesh.v1.ReplicaView\x12\x14\n\x0credis_age_ms\x18\x04 \x01(\r\x12\x17\n\x0fredis_connected\x18\x05 \x01(\x08\x12,\n\x07missing\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.LayerExperts\"\x17\n\x15GetExpertUsageRequest\")\n\nLayerUsage\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x03(\x04\"C\n\x16GetExpertUsageResponse\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.LayerUsage\"4\n\x0fReplicaOverride\x12\x10\n\x08replicas\x18\x01 \x01(\r\x12\x0f\n\x07left_ms\x18\x02 \x01(\r\"\xc3\x02\n\x0cGroupScaling\x12\r\n\x05group\x18\x01 \x01(\t\x12(\n\x04mode\x18\x02 \x01(\x0e\x32\x1a.expertmesh.v1.ScalingMode\x12\x0e\n\x06wanted\x18\x03 \x01(\r\x12\x0f\n\x07present\x18\x04 \x01(\r\x12\r\n\x05ready\x18\x05 \x01(\r\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0c\n\x04text\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65mand\x18\x08 \x01(\x02\x12\x17\n\x0f\x65xpected_demand\x18\t \x01(\x02\x12\x15\n\rqueue_time_us\x18\n \x01(\x02\x12\x14\n\x0cmin_replicas\x18\x0b \x01(\r\x12\x14\n\x0cmax_replicas\x18\x0c \x01(\r\x12\x30\n\x08override\x18\r \x01(\x0b\x32\x1e.expertmesh.v1.ReplicaOverride\x12\x0e\n\x06\x61ge_ms\x18\x0e \x01(\r\"\x13\n\x11GetScalingRequest\"A\n\x12GetScalingResponse\x12+\n\x06groups\x18\x01 \x03(\x0b\x32\x1b.expertmesh.v1.GroupScaling\"E\n\x12SetReplicasRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\x12\x0e\n\x06\x66or_ms\x18\x03 \x01(\r\"\x15\n\x13SetReplicasResponse\"\'\n\x16ReleaseReplicasRequest\x12\r\n\x05group\x18\x01 \x01(\t\"*\n\x17ReleaseReplicasResponse\x12\x0f\n\x07was_set\x18\x01 \x01(\x08*f\n\rReplicaStatus\x12\x1e\n\x1aREPLICA_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_STATUS_READY\x10\x01\x12\x1b\n\x17REPLICA_STATUS_DRAINING\x10\x02*[\n\x0bScalingMode\x12\x1c\n\x18SCALING_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15SCALING_MODE_ADVISORY\x10\x01\x12\x13\n\x0fSCALING_MODE_ON\x10\x02\x32\xd0\x03\n\x0e\x43ontrolService\x12T\n\x0bGetSnapshot\x12!.expertmesh.v1.GetSnapshotRequest\x1a\".expertmesh.v1.GetSnapshotResponse\x12]\n\x0eGetExpertUsage\x12$.expertmesh.v1.GetExpertUsageRequest\x1a%.expertmesh.v1.GetExpertUsageResponse\x12Q\n\nGetScaling\x12 .expertmesh.v1.GetScalingRequest\x1a!.expertmesh.v1.GetScalingResponse\x12T\n\x0bSetReplicas\x12!.expertmesh.v1.SetReplicasRequest\x1a\".expertmesh.v1.SetReplicasResponse\x12`\n\x0fReleaseReplicas\x12%.expertmesh.v1.ReleaseReplicasRequest\x1a&.expertmesh.v1.ReleaseReplicasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATUS']._serialized_start=1322
-  _globals['_REPLICASTATUS']._serialized_end=1424
+  _globals['_REPLICASTATUS']._serialized_start=2479
+  _globals['_REPLICASTATUS']._serialized_end=2581
+  _globals['_SCALINGMODE']._serialized_start=2583
+  _globals['_SCALINGMODE']._serialized_end=2674
   _globals['_LAYEREXPERTS']._serialized_start=74
   _globals['_LAYEREXPERTS']._serialized_end=120
   _globals['_DEVICESTATE']._serialized_start=123
   _globals['_DEVICESTATE']._serialized_end=267
-  _globals['_REPLICALOAD']._serialized_start=269
-  _globals['_REPLICALOAD']._serialized_end=386
-  _globals['_REPLICASTATE']._serialized_start=389
-  _globals['_REPLICASTATE']._serialized_end=895
-  _globals['_GETSNAPSHOTREQUEST']._serialized_start=897
-  _globals['_GETSNAPSHOTREQUEST']._serialized_end=917
-  _globals['_REPLICAVIEW']._serialized_start=919
-  _globals['_REPLICAVIEW']._serialized_end=1035
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1038
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1183
-  _globals['_GETEXPERTUSAGEREQUEST']._serialized_start=1185
-  _globals['_GETEXPERTUSAGEREQUEST']._serialized_end=1208
-  _globals['_LAYERUSAGE']._serialized_start=1210
-  _globals['_LAYERUSAGE']._serialized_end=1251
-  _globals['_GETEXPERTUSAGERESPONSE']._serialized_start=1253
-  _globals['_GETEXPERTUSAGERESPONSE']._serialized_end=1320
-  _globals['_CONTROLSERVICE']._serialized_start=1427
-  _globals['_CONTROLSERVICE']._serialized_end=1624
+  _globals['_REPLICALOAD']._serialized_start=270
+  _globals['_REPLICALOAD']._serialized_end=510
+  _globals['_RESIDENCY']._serialized_start=513
+  _globals['_RESIDENCY']._serialized_end=760
+  _globals['_REPLICASTATE']._serialized_start=763
+  _globals['_REPLICASTATE']._serialized_end=1359
+  _globals['_GETSNAPSHOTREQUEST']._serialized_start=1361
+  _globals['_GETSNAPSHOTREQUEST']._serialized_end=1381
+  _globals['_REPLICAVIEW']._serialized_start=1383
+  _globals['_REPLICAVIEW']._serialized_end=1499
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1502
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1693
+  _globals['_GETEXPERTUSAGEREQUEST']._serialized_start=1695
+  _globals['_GETEXPERTUSAGEREQUEST']._serialized_end=1718
+  _globals['_LAYERUSAGE']._serialized_start=1720
+  _globals['_LAYERUSAGE']._serialized_end=1761
+  _globals['_GETEXPERTUSAGERESPONSE']._serialized_start=1763
+  _globals['_GETEXPERTUSAGERESPONSE']._serialized_end=1830
+  _globals['_REPLICAOVERRIDE']._serialized_start=1832
+  _globals['_REPLICAOVERRIDE']._serialized_end=1884
+  _globals['_GROUPSCALING']._serialized_start=1887
+  _globals['_GROUPSCALING']._serialized_end=2210
+  _globals['_GETSCALINGREQUEST']._serialized_start=2212
+  _globals['_GETSCALINGREQUEST']._serialized_end=2231
+  _globals['_GETSCALINGRESPONSE']._serialized_start=2233
+  _globals['_GETSCALINGRESPONSE']._serialized_end=2298
+  _globals['_SETREPLICASREQUEST']._serialized_start=2300
+  _globals['_SETREPLICASREQUEST']._serialized_end=2369
+  _globals['_SETREPLICASRESPONSE']._serialized_start=2371
+  _globals['_SETREPLICASRESPONSE']._serialized_end=2392
+  _globals['_RELEASEREPLICASREQUEST']._serialized_start=2394
+  _globals['_RELEASEREPLICASREQUEST']._serialized_end=2433
+  _globals['_RELEASEREPLICASRESPONSE']._serialized_start=2435
+  _globals['_RELEASEREPLICASRESPONSE']._serialized_end=2477
+  _globals['_CONTROLSERVICE']._serialized_start=2677
+  _globals['_CONTROLSERVICE']._serialized_end=3141
 # @@protoc_insertion_point(module_scope)

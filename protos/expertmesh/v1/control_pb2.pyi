@@ -44,6 +44,30 @@ REPLICA_STATUS_DRAINING: ReplicaStatus.ValueType  # 2
 """Finishes what it has, takes nothing new, and leaves."""
 Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015
 
+class _ScalingMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScalingModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScalingMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCALING_MODE_UNSPECIFIED: _ScalingMode.ValueType  # 0
+    """Never valid on the wire."""
+    SCALING_MODE_ADVISORY: _ScalingMode.ValueType  # 1
+    """It decides and explains; nothing is changed."""
+    SCALING_MODE_ON: _ScalingMode.ValueType  # 2
+    """What it decides is done."""
+
+class ScalingMode(_ScalingMode, metaclass=_ScalingModeEnumTypeWrapper):
+    """Whether the rule of scaling is followed."""
+
+SCALING_MODE_UNSPECIFIED: ScalingMode.ValueType  # 0
+"""Never valid on the wire."""
+SCALING_MODE_ADVISORY: ScalingMode.ValueType  # 1
+"""It decides and explains; nothing is changed."""
+SCALING_MODE_ON: ScalingMode.ValueType  # 2
+"""What it decides is done."""
+Global___ScalingMode: _TypeAlias = ScalingMode  # noqa: Y015
+
 @_typing.final
 class LayerExperts(_message.Message):
     """Experts of one layer that a replica holds."""
@@ -129,6 +153,12 @@ class ReplicaLoad(_message.Message):
     QUEUE_TIME_US_FIELD_NUMBER: _builtins.int
     DONE_ROWS_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
+    BATCH_TIME_US_FIELD_NUMBER: _builtins.int
+    EXPERT_TIME_US_FIELD_NUMBER: _builtins.int
+    ROW_COST_US_FIELD_NUMBER: _builtins.int
+    RESIDENT_BITS_FIELD_NUMBER: _builtins.int
+    CALLERS_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
     queued_rows: _builtins.int
     """Rows admitted and not yet answered."""
     row_time_us: _builtins.float
@@ -139,6 +169,24 @@ class ReplicaLoad(_message.Message):
     """Rows answered since the replica started."""
     free_bytes: _builtins.int
     """Device memory free when this load was taken, in bytes."""
+    batch_time_us: _builtins.float
+    """What a batch is expected to take, in microseconds: batch_time_us, plus expert_time_us for each expert in it, plus
+    row_cost_us for each row. Fitted to the batches it has computed; all 0 until there were some.
+    """
+    expert_time_us: _builtins.float
+    """See batch_time_us."""
+    row_cost_us: _builtins.float
+    """See batch_time_us."""
+    resident_bits: _builtins.bytes
+    """Which of the experts of `ReplicaState.holds`, in its order, have their weights on the device: bit i of byte j is
+    expert 8 * j + i. Empty if all have.
+    """
+    callers: _builtins.int
+    """Callers that have rows in its queue, about: they get equal shares of it."""
+    drift: _builtins.float
+    """How many times longer its last batches took than the three costs say, all that is done between them included;
+    0: not known.
+    """
     def __init__(
         self,
         *,
@@ -147,14 +195,76 @@ class ReplicaLoad(_message.Message):
         queue_time_us: _builtins.float = ...,
         done_rows: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
+        batch_time_us: _builtins.float = ...,
+        expert_time_us: _builtins.float = ...,
+        row_cost_us: _builtins.float = ...,
+        resident_bits: _builtins.bytes = ...,
+        callers: _builtins.int = ...,
+        drift: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_rows", b"done_rows", "free_bytes", b"free_bytes", "queue_time_us", b"queue_time_us", "queued_rows", b"queued_rows", "row_time_us", b"row_time_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_time_us", b"batch_time_us", "callers", b"callers", "done_rows", b"done_rows", "drift", b"drift", "expert_time_us", b"expert_time_us", "free_bytes", b"free_bytes", "queue_time_us", b"queue_time_us", "queued_rows", b"queued_rows", "resident_bits", b"resident_bits", "row_cost_us", b"row_cost_us", "row_time_us", b"row_time_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaLoad: _TypeAlias = ReplicaLoad  # noqa: Y015
+
+@_typing.final
+class Residency(_message.Message):
+    """Where the weights of a replica's experts are, when the device does not hold them all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    LOADING_FIELD_NUMBER: _builtins.int
+    IN_USE_FIELD_NUMBER: _builtins.int
+    LOAD_TIME_US_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    budget_bytes: _builtins.int
+    """Bytes of device memory that expert weights may take."""
+    resident_bytes: _builtins.int
+    """Bytes of it that are taken."""
+    load_time_us: _builtins.float
+    """Exponentially weighted mean time to bring one expert to the device, in microseconds."""
+    hits: _builtins.int
+    """Expert uses since the replica started that found the weights on the device."""
+    misses: _builtins.int
+    """Expert uses since the replica started that had to wait for the weights."""
+    @_builtins.property
+    def resident(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]:
+        """Experts whose weights are on the device now."""
+
+    @_builtins.property
+    def loading(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]:
+        """Experts on their way to it."""
+
+    @_builtins.property
+    def in_use(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]:
+        """Resident experts that are in use now, so they are not evicted."""
+
+    def __init__(
+        self,
+        *,
+        budget_bytes: _builtins.int = ...,
+        resident_bytes: _builtins.int = ...,
+        resident: _abc.Iterable[Global___LayerExperts] | None = ...,
+        loading: _abc.Iterable[Global___LayerExperts] | None = ...,
+        in_use: _abc.Iterable[Global___LayerExperts] | None = ...,
+        load_time_us: _builtins.float = ...,
+        hits: _builtins.int = ...,
+        misses: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "hits", b"hits", "in_use", b"in_use", "load_time_us", b"load_time_us", "loading", b"loading", "misses", b"misses", "resident", b"resident", "resident_bytes", b"resident_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Residency: _TypeAlias = Residency  # noqa: Y015
 
 @_typing.final
 class ReplicaState(_message.Message):
@@ -182,6 +292,9 @@ class ReplicaState(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_ROWS_FIELD_NUMBER: _builtins.int
+    LOCAL_SOCKET_FIELD_NUMBER: _builtins.int
+    RESIDENCY_FIELD_NUMBER: _builtins.int
+    HOLDS_VERSION_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """Expert group, the unit of deployment, for example "g0"."""
     replica: _builtins.str
@@ -216,6 +329,10 @@ class ReplicaState(_message.Message):
     """Rows in one of its batches at most."""
     max_queue_rows: _builtins.int
     """Rows it admits before it refuses more."""
+    local_socket: _builtins.str
+    """Abstract Unix socket that takes ComputeStream's messages from routers of the same host (docs/wire.md), or ""."""
+    holds_version: _builtins.int
+    """Grows by one with every change of `holds` in this life: experts the controller has brought or taken."""
     @_builtins.property
     def holds(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]:
         """Which experts it can compute."""
@@ -227,6 +344,10 @@ class ReplicaState(_message.Message):
     @_builtins.property
     def load(self) -> Global___ReplicaLoad:
         """How busy it is."""
+
+    @_builtins.property
+    def residency(self) -> Global___Residency:
+        """Set when the device does not hold all experts at once; unset means that all are resident."""
 
     def __init__(
         self,
@@ -251,10 +372,13 @@ class ReplicaState(_message.Message):
         version: _builtins.str = ...,
         max_batch_rows: _builtins.int = ...,
         max_queue_rows: _builtins.int = ...,
+        local_socket: _builtins.str = ...,
+        residency: Global___Residency | None = ...,
+        holds_version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "load", b"load", "residency", b"residency"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "deterministic", b"deterministic", "device", b"device", "dtype", b"dtype", "group", b"group", "hidden_size", b"hidden_size", "holds", b"holds", "host", b"host", "incarnation", b"incarnation", "lease_ms", b"lease_ms", "load", b"load", "max_batch_rows", b"max_batch_rows", "max_queue_rows", b"max_queue_rows", "model", b"model", "pid", b"pid", "replica", b"replica", "sequence", b"sequence", "status", b"status", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "deterministic", b"deterministic", "device", b"device", "dtype", b"dtype", "group", b"group", "hidden_size", b"hidden_size", "holds", b"holds", "holds_version", b"holds_version", "host", b"host", "incarnation", b"incarnation", "lease_ms", b"lease_ms", "load", b"load", "local_socket", b"local_socket", "max_batch_rows", b"max_batch_rows", "max_queue_rows", b"max_queue_rows", "model", b"model", "pid", b"pid", "replica", b"replica", "residency", b"residency", "sequence", b"sequence", "status", b"status", "version", b"version", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -320,6 +444,7 @@ class GetSnapshotResponse(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     REDIS_AGE_MS_FIELD_NUMBER: _builtins.int
     REDIS_CONNECTED_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Grows by one with every change of the snapshot."""
     mesh: _builtins.str
@@ -332,6 +457,10 @@ class GetSnapshotResponse(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaView]:
         """Every replica known."""
 
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]:
+        """Experts of the model that no replica takes work for, by layer; empty when none is missing."""
+
     def __init__(
         self,
         *,
@@ -340,10 +469,11 @@ class GetSnapshotResponse(_message.Message):
         replicas: _abc.Iterable[Global___ReplicaView] | None = ...,
         redis_age_ms: _builtins.int = ...,
         redis_connected: _builtins.bool = ...,
+        missing: _abc.Iterable[Global___LayerExperts] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mesh", b"mesh", "redis_age_ms", b"redis_age_ms", "redis_connected", b"redis_connected", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mesh", b"mesh", "missing", b"missing", "redis_age_ms", b"redis_age_ms", "redis_connected", b"redis_connected", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -413,3 +543,225 @@ class GetExpertUsageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetExpertUsageResponse: _TypeAlias = GetExpertUsageResponse  # noqa: Y015
+
+@_typing.final
+class ReplicaOverride(_message.Message):
+    """A number of replicas set by hand."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    LEFT_MS_FIELD_NUMBER: _builtins.int
+    replicas: _builtins.int
+    """Replicas wanted."""
+    left_ms: _builtins.int
+    """Time until the rule goes on, in milliseconds."""
+    def __init__(
+        self,
+        *,
+        replicas: _builtins.int = ...,
+        left_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_ms", b"left_ms", "replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaOverride: _TypeAlias = ReplicaOverride  # noqa: Y015
+
+@_typing.final
+class GroupScaling(_message.Message):
+    """The newest decision on one expert group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    DEMAND_FIELD_NUMBER: _builtins.int
+    EXPECTED_DEMAND_FIELD_NUMBER: _builtins.int
+    QUEUE_TIME_US_FIELD_NUMBER: _builtins.int
+    MIN_REPLICAS_FIELD_NUMBER: _builtins.int
+    MAX_REPLICAS_FIELD_NUMBER: _builtins.int
+    OVERRIDE_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Expert group, for example "g0"."""
+    mode: Global___ScalingMode.ValueType
+    """Whether it is followed."""
+    wanted: _builtins.int
+    """Replicas there should be."""
+    present: _builtins.int
+    """Replicas ready or starting."""
+    ready: _builtins.int
+    """Replicas that take work and report their load."""
+    reason: _builtins.str
+    """What decided, in one word (docs/scaling.md)."""
+    text: _builtins.str
+    """Why, in words and numbers."""
+    demand: _builtins.float
+    """Load of the last seconds, in replicas that it would keep busy all the time."""
+    expected_demand: _builtins.float
+    """Load to be expected when a replica started now is ready, if arrivals go on as they do."""
+    queue_time_us: _builtins.float
+    """Mean time rows of the last seconds waited for the start of their computation, in microseconds."""
+    min_replicas: _builtins.int
+    """Bounds of the rule."""
+    max_replicas: _builtins.int
+    """See min_replicas."""
+    age_ms: _builtins.int
+    """Time since it was written, in milliseconds."""
+    @_builtins.property
+    def override(self) -> Global___ReplicaOverride:
+        """Set while a number of replicas is set by hand."""
+
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        mode: Global___ScalingMode.ValueType = ...,
+        wanted: _builtins.int = ...,
+        present: _builtins.int = ...,
+        ready: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        text: _builtins.str = ...,
+        demand: _builtins.float = ...,
+        expected_demand: _builtins.float = ...,
+        queue_time_us: _builtins.float = ...,
+        min_replicas: _builtins.int = ...,
+        max_replicas: _builtins.int = ...,
+        override: Global___ReplicaOverride | None = ...,
+        age_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["override", b"override"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "demand", b"demand", "expected_demand", b"expected_demand", "group", b"group", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "mode", b"mode", "override", b"override", "present", b"present", "queue_time_us", b"queue_time_us", "ready", b"ready", "reason", b"reason", "text", b"text", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupScaling: _TypeAlias = GroupScaling  # noqa: Y015
+
+@_typing.final
+class GetScalingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetScalingRequest: _TypeAlias = GetScalingRequest  # noqa: Y015
+
+@_typing.final
+class GetScalingResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupScaling]:
+        """By group, ascending; groups without scaling are not there."""
+
+    def __init__(
+        self,
+        *,
+        groups: _abc.Iterable[Global___GroupScaling] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetScalingResponse: _TypeAlias = GetScalingResponse  # noqa: Y015
+
+@_typing.final
+class SetReplicasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    FOR_MS_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Expert group."""
+    replicas: _builtins.int
+    """Replicas wanted, within the bounds of the rule."""
+    for_ms: _builtins.int
+    """For how long, in milliseconds; 1 s to 7 days."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+        for_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["for_ms", b"for_ms", "group", b"group", "replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetReplicasRequest: _TypeAlias = SetReplicasRequest  # noqa: Y015
+
+@_typing.final
+class SetReplicasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetReplicasResponse: _TypeAlias = SetReplicasResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseReplicasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Expert group."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseReplicasRequest: _TypeAlias = ReleaseReplicasRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseReplicasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_SET_FIELD_NUMBER: _builtins.int
+    was_set: _builtins.bool
+    """Whether there was something to take back."""
+    def __init__(
+        self,
+        *,
+        was_set: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_set", b"was_set"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseReplicasResponse: _TypeAlias = ReleaseReplicasResponse  # noqa: Y015

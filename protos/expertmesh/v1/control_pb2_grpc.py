@@ -45,6 +45,21 @@ class ControlServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.GetExpertUsageRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.GetExpertUsageResponse.FromString,
                 _registered_method=True)
+        self.GetScaling = channel.unary_unary(
+                '/expertmesh.v1.ControlService/GetScaling',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.GetScalingRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.GetScalingResponse.FromString,
+                _registered_method=True)
+        self.SetReplicas = channel.unary_unary(
+                '/expertmesh.v1.ControlService/SetReplicas',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.SetReplicasRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.SetReplicasResponse.FromString,
+                _registered_method=True)
+        self.ReleaseReplicas = channel.unary_unary(
+                '/expertmesh.v1.ControlService/ReleaseReplicas',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.ReleaseReplicasRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.ReleaseReplicasResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer(object):
@@ -65,6 +80,27 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetScaling(self, request, context):
+        """What the rule of scaling last decided for each expert group that has one, and why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetReplicas(self, request, context):
+        """Set the number of replicas of a group by hand, for a time. The rule goes on afterwards.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseReplicas(self, request, context):
+        """Take back what SetReplicas set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +113,21 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.GetExpertUsage,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.GetExpertUsageRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.GetExpertUsageResponse.SerializeToString,
+            ),
+            'GetScaling': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetScaling,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.GetScalingRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.GetScalingResponse.SerializeToString,
+            ),
+            'SetReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetReplicas,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.SetReplicasRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.SetReplicasResponse.SerializeToString,
+            ),
+            'ReleaseReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseReplicas,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.ReleaseReplicasRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.ReleaseReplicasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +185,87 @@ class ControlService(object):
             '/expertmesh.v1.ControlService/GetExpertUsage',
             expertmesh_dot_v1_dot_control__pb2.GetExpertUsageRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.GetExpertUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetScaling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControlService/GetScaling',
+            expertmesh_dot_v1_dot_control__pb2.GetScalingRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.GetScalingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControlService/SetReplicas',
+            expertmesh_dot_v1_dot_control__pb2.SetReplicasRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.SetReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControlService/ReleaseReplicas',
+            expertmesh_dot_v1_dot_control__pb2.ReleaseReplicasRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.ReleaseReplicasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,12 @@ class ControlServiceStub:
     """The replicas as this router last saw them."""
     GetExpertUsage: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetExpertUsageRequest, _control_pb2.GetExpertUsageResponse]
     """Rows routed to each expert since this process started."""
+    GetScaling: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetScalingRequest, _control_pb2.GetScalingResponse]
+    """What the rule of scaling last decided for each expert group that has one, and why."""
+    SetReplicas: _grpc.UnaryUnaryMultiCallable[_control_pb2.SetReplicasRequest, _control_pb2.SetReplicasResponse]
+    """Set the number of replicas of a group by hand, for a time. The rule goes on afterwards."""
+    ReleaseReplicas: _grpc.UnaryUnaryMultiCallable[_control_pb2.ReleaseReplicasRequest, _control_pb2.ReleaseReplicasResponse]
+    """Take back what SetReplicas set."""
 
 @_typing.type_check_only
 class ControlServiceAsyncStub(ControlServiceStub):
@@ -47,6 +53,12 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """The replicas as this router last saw them."""
     GetExpertUsage: _aio.UnaryUnaryMultiCallable[_control_pb2.GetExpertUsageRequest, _control_pb2.GetExpertUsageResponse]  # type: ignore[assignment]
     """Rows routed to each expert since this process started."""
+    GetScaling: _aio.UnaryUnaryMultiCallable[_control_pb2.GetScalingRequest, _control_pb2.GetScalingResponse]  # type: ignore[assignment]
+    """What the rule of scaling last decided for each expert group that has one, and why."""
+    SetReplicas: _aio.UnaryUnaryMultiCallable[_control_pb2.SetReplicasRequest, _control_pb2.SetReplicasResponse]  # type: ignore[assignment]
+    """Set the number of replicas of a group by hand, for a time. The rule goes on afterwards."""
+    ReleaseReplicas: _aio.UnaryUnaryMultiCallable[_control_pb2.ReleaseReplicasRequest, _control_pb2.ReleaseReplicasResponse]  # type: ignore[assignment]
+    """Take back what SetReplicas set."""
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a router knows of the mesh, and what it has routed. Served by every process that holds a router core."""
@@ -66,5 +78,29 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.GetExpertUsageResponse, _abc.Awaitable[_control_pb2.GetExpertUsageResponse]]:
         """Rows routed to each expert since this process started."""
+
+    @_abc_1.abstractmethod
+    def GetScaling(
+        self,
+        request: _control_pb2.GetScalingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.GetScalingResponse, _abc.Awaitable[_control_pb2.GetScalingResponse]]:
+        """What the rule of scaling last decided for each expert group that has one, and why."""
+
+    @_abc_1.abstractmethod
+    def SetReplicas(
+        self,
+        request: _control_pb2.SetReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.SetReplicasResponse, _abc.Awaitable[_control_pb2.SetReplicasResponse]]:
+        """Set the number of replicas of a group by hand, for a time. The rule goes on afterwards."""
+
+    @_abc_1.abstractmethod
+    def ReleaseReplicas(
+        self,
+        request: _control_pb2.ReleaseReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ReleaseReplicasResponse, _abc.Awaitable[_control_pb2.ReleaseReplicasResponse]]:
+        """Take back what SetReplicas set."""
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -23,23 +23,24 @@ _sym_db = _symbol_database.Default()
 
 
 from expertmesh.v1 import control_pb2 as expertmesh_dot_v1_dot_control__pb2
+from expertmesh.v1 import priority_pb2 as expertmesh_dot_v1_dot_priority__pb2
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/expert.proto\x12\rexpertmesh.v1\x1a\x1b\x65xpertmesh/v1/control.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\x1a\x17google/rpc/status.proto\"\xd5\x01\n\x0e\x43omputeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x04 \x03(\r\x12\x17\n\x0frows_per_expert\x18\x05 \x03(\r\x12#\n\x05\x64type\x18\x06 \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x13\n\x0bhidden_size\x18\x07 \x01(\r\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x0c\n\x04rows\x18\x0f \x01(\x0c\"\xd8\x01\n\x0f\x43omputeResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12(\n\x04load\x18\x04 \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoad\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12\x10\n\x08queue_us\x18\x06 \x01(\r\x12\x12\n\ncompute_us\x18\x07 \x01(\r\x12\x0c\n\x04rows\x18\x0f \x01(\x0c\"\x11\n\x0f\x44\x65scribeRequest2\xf6\x01\n\rExpertService\x12H\n\x07\x43ompute\x12\x1d.expertmesh.v1.ComputeRequest\x1a\x1e.expertmesh.v1.ComputeResponse\x12R\n\rComputeStream\x12\x1d.expertmesh.v1.ComputeRequest\x1a\x1e.expertmesh.v1.ComputeResponse(\x01\x30\x01\x12G\n\x08\x44\x65scribe\x12\x1e.expertmesh.v1.DescribeRequest\x1a\x1b.expertmesh.v1.ReplicaStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/expert.proto\x12\rexpertmesh.v1\x1a\x1b\x65xpertmesh/v1/control.proto\x1a\x1c\x65xpertmesh/v1/priority.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\x1a\x17google/rpc/status.proto\"\xb3\x02\n\x0e\x43omputeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x04 \x03(\r\x12\x17\n\x0frows_per_expert\x18\x05 \x03(\r\x12#\n\x05\x64type\x18\x06 \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x13\n\x0bhidden_size\x18\x07 \x01(\r\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x0f\n\x07\x63\x61ncels\x18\n \x03(\x04\x12\x0e\n\x06\x63\x61ller\x18\x0b \x01(\t\x12)\n\x08priority\x18\x0c \x01(\x0e\x32\x17.expertmesh.v1.Priority\x12\x10\n\x08\x63hecksum\x18\x0e \x01(\x06\x12\x0c\n\x04rows\x18\x0f \x01(\x0c\"\xea\x01\n\x0f\x43omputeResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x13\n\x0bhidden_size\x18\x03 \x01(\r\x12(\n\x04load\x18\x04 \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoad\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12\x10\n\x08queue_us\x18\x06 \x01(\r\x12\x12\n\ncompute_us\x18\x07 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x0e \x01(\x06\x12\x0c\n\x04rows\x18\x0f \x01(\x0c\"\x11\n\x0f\x44\x65scribeRequest2\xf6\x01\n\rExpertService\x12H\n\x07\x43ompute\x12\x1d.expertmesh.v1.ComputeRequest\x1a\x1e.expertmesh.v1.ComputeResponse\x12R\n\rComputeStream\x12\x1d.expertmesh.v1.ComputeRequest\x1a\x1e.expertmesh.v1.ComputeResponse(\x01\x30\x01\x12G\n\x08\x44\x65scribe\x12\x1e.expertmesh.v1.DescribeRequest\x1a\x1b.expertmesh.v1.ReplicaStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMPUTEREQUEST']._serialized_start=128
-  _globals['_COMPUTEREQUEST']._serialized_end=341
-  _globals['_COMPUTERESPONSE']._serialized_start=344
-  _globals['_COMPUTERESPONSE']._serialized_end=560
-  _globals['_DESCRIBEREQUEST']._serialized_start=562
-  _globals['_DESCRIBEREQUEST']._serialized_end=579
-  _globals['_EXPERTSERVICE']._serialized_start=582
-  _globals['_EXPERTSERVICE']._serialized_end=828
+  _globals['_COMPUTEREQUEST']._serialized_start=158
+  _globals['_COMPUTEREQUEST']._serialized_end=465
+  _globals['_COMPUTERESPONSE']._serialized_start=468
+  _globals['_COMPUTERESPONSE']._serialized_end=702
+  _globals['_DESCRIBEREQUEST']._serialized_start=704
+  _globals['_DESCRIBEREQUEST']._serialized_end=721
+  _globals['_EXPERTSERVICE']._serialized_start=724
+  _globals['_EXPERTSERVICE']._serialized_end=970
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from expertmesh.v1 import control_pb2 as _control_pb2
+from expertmesh.v1 import priority_pb2 as _priority_pb2
 from expertmesh.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -36,6 +37,10 @@ class ComputeRequest(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    CANCELS_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Chosen by the caller, unique among its requests in flight on the stream; the answer carries it back."""
@@ -51,6 +56,14 @@ class ComputeRequest(_message.Message):
     """Time left for an answer, in milliseconds, counted from arrival; 0 means no limit. Relative: clocks are never compared."""
     traceparent: _builtins.str
     """W3C trace context of the caller's span, or ""."""
+    caller: _builtins.str
+    """On whose behalf, at most 128 characters; "" is a caller like any other. Callers get equal shares of a busy replica."""
+    priority: _priority_pb2.Priority.ValueType
+    """Before or after whom it is computed."""
+    checksum: _builtins.int
+    """XXH3-64 of `rows`, seeded with the XXH3-64 of all bytes of the message before this field; 0: not given. If given, it
+    must be the last field before `rows`, and `rows` the last of all.
+    """
     rows: _builtins.bytes
     """[R, D] row-major, sorted as `experts`. The last field: the sender appends it without a copy."""
     @_builtins.property
@@ -60,6 +73,12 @@ class ComputeRequest(_message.Message):
     @_builtins.property
     def rows_per_expert(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rows for each of them, at least 1 each: X numbers whose sum is R."""
+
+    @_builtins.property
+    def cancels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of earlier requests of this stream that nobody waits for any more. They are taken out of the queue and answered
+        with CANCELLED. A request with nothing but `cancels` gets no answer of its own.
+        """
 
     def __init__(
         self,
@@ -73,11 +92,15 @@ class ComputeRequest(_message.Message):
         hidden_size: _builtins.int = ...,
         timeout_ms: _builtins.int = ...,
         traceparent: _builtins.str = ...,
+        cancels: _abc.Iterable[_builtins.int] | None = ...,
+        caller: _builtins.str = ...,
+        priority: _priority_pb2.Priority.ValueType = ...,
+        checksum: _builtins.int = ...,
         rows: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "experts", b"experts", "hidden_size", b"hidden_size", "id", b"id", "layer", b"layer", "model", b"model", "rows", b"rows", "rows_per_expert", b"rows_per_expert", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "cancels", b"cancels", "checksum", b"checksum", "dtype", b"dtype", "experts", b"experts", "hidden_size", b"hidden_size", "id", b"id", "layer", b"layer", "model", b"model", "priority", b"priority", "rows", b"rows", "rows_per_expert", b"rows_per_expert", "timeout_ms", b"timeout_ms", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -96,6 +119,7 @@ class ComputeResponse(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     QUEUE_US_FIELD_NUMBER: _builtins.int
     COMPUTE_US_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """The request's id."""
@@ -107,6 +131,8 @@ class ComputeResponse(_message.Message):
     """Time spent waiting in the replica's queue, in microseconds."""
     compute_us: _builtins.int
     """Time of the batch this request was computed in, in microseconds."""
+    checksum: _builtins.int
+    """As in ComputeRequest; replicas always give it."""
     rows: _builtins.bytes
     """[R, D] row-major. The last field: the sender appends it without a copy."""
     @_builtins.property
@@ -127,11 +153,12 @@ class ComputeResponse(_message.Message):
         error: _status_pb2.Status | None = ...,
         queue_us: _builtins.int = ...,
         compute_us: _builtins.int = ...,
+        checksum: _builtins.int = ...,
         rows: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "dtype", b"dtype", "error", b"error", "hidden_size", b"hidden_size", "id", b"id", "load", b"load", "queue_us", b"queue_us", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "compute_us", b"compute_us", "dtype", b"dtype", "error", b"error", "hidden_size", b"hidden_size", "id", b"id", "load", b"load", "queue_us", b"queue_us", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,8 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from expertmesh.v1 import priority_pb2 as _priority_pb2
+from expertmesh.v1 import router_pb2 as _router_pb2
 from expertmesh.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -136,6 +138,9 @@ class GenerateRequest(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    MISSING_EXPERTS_FIELD_NUMBER: _builtins.int
+    SELECTION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; "" means the only model served."""
     text: _builtins.str
@@ -144,6 +149,12 @@ class GenerateRequest(_message.Message):
     """Tokens to generate at most, at least 1; 0 means the model's default."""
     ignore_eos: _builtins.bool
     """Go on past the end-of-sequence token."""
+    missing_experts: _router_pb2.MissingExperts.ValueType
+    """What to do when experts are missing. A gateway that batches prompts (engine "continuous") takes only what it is
+    configured to do, and refuses anything else.
+    """
+    priority: _priority_pb2.Priority.ValueType
+    """Before or after whom it is run."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
         """Token ids as they are."""
@@ -156,6 +167,10 @@ class GenerateRequest(_message.Message):
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before the first of these strings, which is not part of the text."""
 
+    @_builtins.property
+    def selection(self) -> _router_pb2.SelectionOptions:
+        """How experts are selected; unset means as the gateway is configured. Refused by the engine "continuous"."""
+
     def __init__(
         self,
         *,
@@ -166,16 +181,45 @@ class GenerateRequest(_message.Message):
         max_new_tokens: _builtins.int = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         ignore_eos: _builtins.bool = ...,
+        missing_experts: _router_pb2.MissingExperts.ValueType = ...,
+        selection: _router_pb2.SelectionOptions | None = ...,
+        priority: _priority_pb2.Priority.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "selection", b"selection", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_eos", b"ignore_eos", "max_new_tokens", b"max_new_tokens", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_eos", b"ignore_eos", "max_new_tokens", b"max_new_tokens", "missing_experts", b"missing_experts", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "selection", b"selection", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class DegradedMass(_message.Message):
+    """What a token lost in a layer because experts were missing, over all tokens and layers computed for a call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LARGEST_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    largest: _builtins.float
+    """The largest share of a token's weights in a layer that was for missing experts; 0 if everything is exact."""
+    mean: _builtins.float
+    """The mean over all tokens and layers."""
+    def __init__(
+        self,
+        *,
+        largest: _builtins.float = ...,
+        mean: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["largest", b"largest", "mean", b"mean"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DegradedMass: _TypeAlias = DegradedMass  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -186,6 +230,7 @@ class GenerateResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    DEGRADED_MASS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text new since the last message; whole characters only."""
     finish_reason: Global___FinishReason.ValueType
@@ -198,6 +243,10 @@ class GenerateResponse(_message.Message):
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids new since the last message."""
 
+    @_builtins.property
+    def degraded_mass(self) -> Global___DegradedMass:
+        """What missing experts have cost so far, the prompt included."""
+
     def __init__(
         self,
         *,
@@ -206,10 +255,11 @@ class GenerateResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         prompt_tokens: _builtins.int = ...,
         generated_tokens: _builtins.int = ...,
+        degraded_mass: Global___DegradedMass | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["degraded_mass", b"degraded_mass"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "generated_tokens", b"generated_tokens", "prompt_tokens", b"prompt_tokens", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded_mass", b"degraded_mass", "finish_reason", b"finish_reason", "generated_tokens", b"generated_tokens", "prompt_tokens", b"prompt_tokens", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -222,8 +272,11 @@ class ScoreRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     MASK_FIELD_NUMBER: _builtins.int
+    MISSING_EXPERTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; "" means the only model served."""
+    missing_experts: _router_pb2.MissingExperts.ValueType
+    """What to do when experts are missing."""
     @_builtins.property
     def tokens(self) -> _tensor_pb2.Tensor:
         """[B, S] int64 token ids."""
@@ -238,10 +291,11 @@ class ScoreRequest(_message.Message):
         model: _builtins.str = ...,
         tokens: _tensor_pb2.Tensor | None = ...,
         mask: _tensor_pb2.Tensor | None = ...,
+        missing_experts: _router_pb2.MissingExperts.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "model", b"model", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "missing_experts", b"missing_experts", "model", b"model", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,18 +306,24 @@ class ScoreResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LOGITS_FIELD_NUMBER: _builtins.int
+    DEGRADED_MASS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def logits(self) -> _tensor_pb2.Tensor:
         """[B, S, V] logits in the dtype the model computes them in."""
+
+    @_builtins.property
+    def degraded_mass(self) -> Global___DegradedMass:
+        """What missing experts have cost."""
 
     def __init__(
         self,
         *,
         logits: _tensor_pb2.Tensor | None = ...,
+        degraded_mass: Global___DegradedMass | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["degraded_mass", b"degraded_mass", "logits", b"logits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded_mass", b"degraded_mass", "logits", b"logits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from expertmesh.v1 import priority_pb2 as _priority_pb2
 from expertmesh.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -44,6 +45,38 @@ COMBINE_EAGER: Combine.ValueType  # 2
 """Ascending expert id, accumulated in the model's dtype: transformers' eager loop."""
 Global___Combine: _TypeAlias = Combine  # noqa: Y015
 
+class _MissingExperts:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MissingExpertsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MissingExperts.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MISSING_EXPERTS_UNSPECIFIED: _MissingExperts.ValueType  # 0
+    """As the router or gateway is configured, by default strict."""
+    MISSING_EXPERTS_STRICT: _MissingExperts.ValueType  # 1
+    """ExpertUnavailable."""
+    MISSING_EXPERTS_SUBSTITUTE: _MissingExperts.ValueType  # 2
+    """The next-best live experts by the gate's scores; where there are none, as RENORMALISE. Needs the gate: not for
+    `Dispatch`.
+    """
+    MISSING_EXPERTS_RENORMALISE: _MissingExperts.ValueType  # 3
+    """The sum over the live experts, their weights scaled so that the token's sum of weights stays."""
+
+class MissingExperts(_MissingExperts, metaclass=_MissingExpertsEnumTypeWrapper):
+    """What a call gets when no replica can compute some of its experts (docs/failures.md)."""
+
+MISSING_EXPERTS_UNSPECIFIED: MissingExperts.ValueType  # 0
+"""As the router or gateway is configured, by default strict."""
+MISSING_EXPERTS_STRICT: MissingExperts.ValueType  # 1
+"""ExpertUnavailable."""
+MISSING_EXPERTS_SUBSTITUTE: MissingExperts.ValueType  # 2
+"""The next-best live experts by the gate's scores; where there are none, as RENORMALISE. Needs the gate: not for
+`Dispatch`.
+"""
+MISSING_EXPERTS_RENORMALISE: MissingExperts.ValueType  # 3
+"""The sum over the live experts, their weights scaled so that the token's sum of weights stays."""
+Global___MissingExperts: _TypeAlias = MissingExperts  # noqa: Y015
+
 @_typing.final
 class DispatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -54,12 +87,18 @@ class DispatchRequest(_message.Message):
     EXPERTS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     COMBINE_FIELD_NUMBER: _builtins.int
+    MISSING_EXPERTS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; "" means the only model served."""
     layer: _builtins.int
     """Index of the decoder layer."""
     combine: Global___Combine.ValueType
     """Order of summation."""
+    missing_experts: Global___MissingExperts.ValueType
+    """What to do when experts are missing; SUBSTITUTE is refused. Where SUBSTITUTE is configured, unset means RENORMALISE."""
+    priority: _priority_pb2.Priority.ValueType
+    """Before or after whom its rows are computed."""
     @_builtins.property
     def hidden(self) -> _tensor_pb2.Tensor:
         """[T, D] hidden states in the model's dtype."""
@@ -81,10 +120,12 @@ class DispatchRequest(_message.Message):
         experts: _tensor_pb2.Tensor | None = ...,
         weights: _tensor_pb2.Tensor | None = ...,
         combine: Global___Combine.ValueType = ...,
+        missing_experts: Global___MissingExperts.ValueType = ...,
+        priority: _priority_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "hidden", b"hidden", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "experts", b"experts", "hidden", b"hidden", "layer", b"layer", "model", b"model", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "experts", b"experts", "hidden", b"hidden", "layer", b"layer", "missing_experts", b"missing_experts", "model", b"model", "priority", b"priority", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -95,22 +136,74 @@ class DispatchResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HIDDEN_FIELD_NUMBER: _builtins.int
+    DEGRADED_MASS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hidden(self) -> _tensor_pb2.Tensor:
         """[T, D] weighted sum over each token's experts, in the dtype of the request's hidden states."""
+
+    @_builtins.property
+    def degraded_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Share of each token's weights that was for experts that were missing (T numbers), 0 for tokens that are exact; empty
+        if all are.
+        """
 
     def __init__(
         self,
         *,
         hidden: _tensor_pb2.Tensor | None = ...,
+        degraded_mass: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded_mass", b"degraded_mass", "hidden", b"hidden"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DispatchResponse: _TypeAlias = DispatchResponse  # noqa: Y015
+
+@_typing.final
+class SelectionOptions(_message.Message):
+    """How far the choice of experts may be from the gate's own (docs/routing.md)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUALITY_BUDGET_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    CACHE_PRIOR_FIELD_NUMBER: _builtins.int
+    MAX_RANK_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    MAX_GROUPS_FIELD_NUMBER: _builtins.int
+    quality_budget: _builtins.float
+    """Share of a token's gate mass that may be given up, from 0 (the gate's choice, bit for bit) to below 1."""
+    policy: _builtins.str
+    """"budget" (or ""), "cache_prior" or "max_rank"."""
+    cache_prior: _builtins.float
+    """cache_prior: bonus of cheap experts, as a share of the range of a token's scores; unset means 0.5."""
+    max_rank: _builtins.int
+    """max_rank: the rank up to which experts are swapped; 0 means twice the experts per token."""
+    top_k: _builtins.int
+    """Experts per token; 0 means the model's number."""
+    max_groups: _builtins.int
+    """Expert groups that a token's experts may come from at most; 0 means any number."""
+    def __init__(
+        self,
+        *,
+        quality_budget: _builtins.float = ...,
+        policy: _builtins.str = ...,
+        cache_prior: _builtins.float | None = ...,
+        max_rank: _builtins.int = ...,
+        top_k: _builtins.int = ...,
+        max_groups: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_prior", b"_cache_prior", "cache_prior", b"cache_prior"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_prior", b"_cache_prior", "cache_prior", b"cache_prior", "max_groups", b"max_groups", "max_rank", b"max_rank", "policy", b"policy", "quality_budget", b"quality_budget", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cache_prior: _TypeAlias = _typing.Literal["cache_prior"]  # noqa: Y015
+    _WhichOneofArgType__cache_prior: _TypeAlias = _typing.Literal["_cache_prior", b"_cache_prior"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_prior) -> _WhichOneofReturnType__cache_prior | None: ...
+
+Global___SelectionOptions: _TypeAlias = SelectionOptions  # noqa: Y015
 
 @_typing.final
 class ForwardRequest(_message.Message):
@@ -120,15 +213,26 @@ class ForwardRequest(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
     RETURN_ROUTING_FIELD_NUMBER: _builtins.int
+    SELECTION_FIELD_NUMBER: _builtins.int
+    MISSING_EXPERTS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; "" means the only model served."""
     layer: _builtins.int
     """Index of the decoder layer."""
     return_routing: _builtins.bool
     """Whether to return what the gate chose."""
+    missing_experts: Global___MissingExperts.ValueType
+    """What to do when experts are missing."""
+    priority: _priority_pb2.Priority.ValueType
+    """Before or after whom its rows are computed."""
     @_builtins.property
     def hidden(self) -> _tensor_pb2.Tensor:
         """[T, D] hidden states in the model's dtype, as they enter the gate."""
+
+    @_builtins.property
+    def selection(self) -> Global___SelectionOptions:
+        """How experts are selected; unset means as the router is configured, by default exactly."""
 
     def __init__(
         self,
@@ -137,10 +241,13 @@ class ForwardRequest(_message.Message):
         layer: _builtins.int = ...,
         hidden: _tensor_pb2.Tensor | None = ...,
         return_routing: _builtins.bool = ...,
+        selection: Global___SelectionOptions | None = ...,
+        missing_experts: Global___MissingExperts.ValueType = ...,
+        priority: _priority_pb2.Priority.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "layer", b"layer", "model", b"model", "return_routing", b"return_routing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "layer", b"layer", "missing_experts", b"missing_experts", "model", b"model", "priority", b"priority", "return_routing", b"return_routing", "selection", b"selection"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -153,17 +260,31 @@ class ForwardResponse(_message.Message):
     HIDDEN_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
+    GIVEN_UP_MASS_FIELD_NUMBER: _builtins.int
+    DEGRADED_MASS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hidden(self) -> _tensor_pb2.Tensor:
         """[T, D] weighted sum over each token's routed experts. Shared experts are not part of it."""
 
     @_builtins.property
     def experts(self) -> _tensor_pb2.Tensor:
-        """[T, K] int64 expert ids, if asked for."""
+        """[T, K] int64 ids of the experts in the sum, if asked for; -1 in the place of one that was missing and has no substitute."""
 
     @_builtins.property
     def weights(self) -> _tensor_pb2.Tensor:
-        """[T, K] weights, if asked for."""
+        """[T, K] weights, if asked for; 0 where the id is -1."""
+
+    @_builtins.property
+    def given_up_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Share of the gate's own choice's mass that each token lost (T numbers), 0 for those that kept it; empty if the
+        selection was exact.
+        """
+
+    @_builtins.property
+    def degraded_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Share of each token's weights that was for experts that were missing (T numbers), whether or not others took their
+        place; 0 for tokens that are exact. Empty if all are.
+        """
 
     def __init__(
         self,
@@ -171,14 +292,216 @@ class ForwardResponse(_message.Message):
         hidden: _tensor_pb2.Tensor | None = ...,
         experts: _tensor_pb2.Tensor | None = ...,
         weights: _tensor_pb2.Tensor | None = ...,
+        given_up_mass: _abc.Iterable[_builtins.float] | None = ...,
+        degraded_mass: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "hidden", b"hidden", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "hidden", b"hidden", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded_mass", b"degraded_mass", "experts", b"experts", "given_up_mass", b"given_up_mass", "hidden", b"hidden", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ForwardResponse: _TypeAlias = ForwardResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    SELECTION_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model name; "" means the only model served."""
+    layer: _builtins.int
+    """Index of the decoder layer."""
+    @_builtins.property
+    def hidden(self) -> _tensor_pb2.Tensor:
+        """[T, D] hidden states in the model's dtype, as they enter the gate; T from 1 to 16."""
+
+    @_builtins.property
+    def selection(self) -> Global___SelectionOptions:
+        """How experts are selected; unset means as the router is configured."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        layer: _builtins.int = ...,
+        hidden: _tensor_pb2.Tensor | None = ...,
+        selection: Global___SelectionOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "selection", b"selection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "layer", b"layer", "model", b"model", "selection", b"selection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ReplicaOption(_message.Message):
+    """A replica that holds an expert, as the router sees it now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    COST_US_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_ROWS_FIELD_NUMBER: _builtins.int
+    OTHERS_ROWS_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    """Replica id."""
+    rows: _builtins.int
+    """Rows of the token's call that it would get for this expert."""
+    cost_us: _builtins.float
+    """Until it could answer one row, in microseconds: what it has to do, the way there and back, and its own costs."""
+    in_flight_rows: _builtins.int
+    """Rows of ours it has not answered."""
+    others_rows: _builtins.int
+    """Rows of others in its queue when it was last heard of."""
+    age_ms: _builtins.int
+    """Time since then, in milliseconds."""
+    resident: _builtins.bool
+    """Whether the expert's weights are on its device."""
+    free_bytes: _builtins.int
+    """Device memory it has free, in bytes."""
+    reason: _builtins.str
+    """Why it is chosen, or not."""
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        rows: _builtins.int = ...,
+        cost_us: _builtins.float = ...,
+        in_flight_rows: _builtins.int = ...,
+        others_rows: _builtins.int = ...,
+        age_ms: _builtins.int = ...,
+        resident: _builtins.bool = ...,
+        free_bytes: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "cost_us", b"cost_us", "free_bytes", b"free_bytes", "in_flight_rows", b"in_flight_rows", "others_rows", b"others_rows", "reason", b"reason", "replica", b"replica", "resident", b"resident", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaOption: _TypeAlias = ReplicaOption  # noqa: Y015
+
+@_typing.final
+class ExpertOption(_message.Message):
+    """An expert that was considered for a token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERT_FIELD_NUMBER: _builtins.int
+    LOGIT_FIELD_NUMBER: _builtins.int
+    MASS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    IS_GATES_CHOICE_FIELD_NUMBER: _builtins.int
+    IS_SELECTED_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    expert: _builtins.int
+    """Expert id."""
+    logit: _builtins.float
+    """What the gate's linear layer gave it."""
+    mass: _builtins.float
+    """Its gate mass: its score."""
+    rank: _builtins.int
+    """Its place in the gate's order, from 0."""
+    is_gates_choice: _builtins.bool
+    """Whether the gate by itself chooses it."""
+    is_selected: _builtins.bool
+    """Whether it is selected."""
+    weight: _builtins.float
+    """Its weight in the token's sum; 0 if it is not selected."""
+    reason: _builtins.str
+    """Why it is selected, or not."""
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaOption]:
+        """Who holds it."""
+
+    def __init__(
+        self,
+        *,
+        expert: _builtins.int = ...,
+        logit: _builtins.float = ...,
+        mass: _builtins.float = ...,
+        rank: _builtins.int = ...,
+        is_gates_choice: _builtins.bool = ...,
+        is_selected: _builtins.bool = ...,
+        weight: _builtins.float = ...,
+        reason: _builtins.str = ...,
+        replicas: _abc.Iterable[Global___ReplicaOption] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "is_gates_choice", b"is_gates_choice", "is_selected", b"is_selected", "logit", b"logit", "mass", b"mass", "rank", b"rank", "reason", b"reason", "replicas", b"replicas", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertOption: _TypeAlias = ExpertOption  # noqa: Y015
+
+@_typing.final
+class TokenExplanation(_message.Message):
+    """What was decided for one token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    GIVEN_UP_MASS_FIELD_NUMBER: _builtins.int
+    given_up_mass: _builtins.float
+    """Share of the gate's own choice's mass that is given up."""
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertOption]:
+        """The experts considered: those selected and the best others, in the gate's order."""
+
+    def __init__(
+        self,
+        *,
+        experts: _abc.Iterable[Global___ExpertOption] | None = ...,
+        given_up_mass: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "given_up_mass", b"given_up_mass"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenExplanation: _TypeAlias = TokenExplanation  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_VERSION_FIELD_NUMBER: _builtins.int
+    snapshot_version: _builtins.int
+    """Version of the snapshot it is from."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenExplanation]:
+        """One for each token."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[Global___TokenExplanation] | None = ...,
+        snapshot_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot_version", b"snapshot_version", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

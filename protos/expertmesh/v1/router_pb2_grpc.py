@@ -45,6 +45,11 @@ class RouterServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_router__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_router__pb2.ForwardResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/expertmesh.v1.RouterService/Explain',
+                request_serializer=expertmesh_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_router__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/expertmesh.v1.RouterService/ListModels',
                 request_serializer=expertmesh_dot_v1_dot_router__pb2.ListModelsRequest.SerializeToString,
@@ -70,6 +75,13 @@ class RouterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a call would go where it goes: for each token the experts and replicas considered, and what spoke for which.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """The models this router serves.
         """
@@ -89,6 +101,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Forward,
                     request_deserializer=expertmesh_dot_v1_dot_router__pb2.ForwardRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_router__pb2.ForwardResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=expertmesh_dot_v1_dot_router__pb2.ExplainRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_router__pb2.ExplainResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -151,6 +168,33 @@ class RouterService(object):
             '/expertmesh.v1.RouterService/Forward',
             expertmesh_dot_v1_dot_router__pb2.ForwardRequest.SerializeToString,
             expertmesh_dot_v1_dot_router__pb2.ForwardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.RouterService/Explain',
+            expertmesh_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
+            expertmesh_dot_v1_dot_router__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class RouterServiceStub:
     """Rows already routed by the caller: fan out to experts and combine. Works for every architecture."""
     Forward: _grpc.UnaryUnaryMultiCallable[_router_pb2.ForwardRequest, _router_pb2.ForwardResponse]
     """The router owns the gate: hidden states in, the routed experts' combined output back."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainResponse]
+    """Why a call would go where it goes: for each token the experts and replicas considered, and what spoke for which."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_router_pb2.ListModelsRequest, _router_pb2.ListModelsResponse]
     """The models this router serves."""
 
@@ -49,6 +51,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """Rows already routed by the caller: fan out to experts and combine. Works for every architecture."""
     Forward: _aio.UnaryUnaryMultiCallable[_router_pb2.ForwardRequest, _router_pb2.ForwardResponse]  # type: ignore[assignment]
     """The router owns the gate: hidden states in, the routed experts' combined output back."""
+    Explain: _aio.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Why a call would go where it goes: for each token the experts and replicas considered, and what spoke for which."""
     ListModels: _aio.UnaryUnaryMultiCallable[_router_pb2.ListModelsRequest, _router_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models this router serves."""
 
@@ -70,6 +74,14 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.ForwardResponse, _abc.Awaitable[_router_pb2.ForwardResponse]]:
         """The router owns the gate: hidden states in, the routed experts' combined output back."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _router_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.ExplainResponse, _abc.Awaitable[_router_pb2.ExplainResponse]]:
+        """Why a call would go where it goes: for each token the experts and replicas considered, and what spoke for which."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -1,21 +1,31 @@
-"""ControlService: what this router core sees and has routed, for `expertmesh status` and people."""
+"""ControlService: what this router core sees and has routed, and the scaling of the groups."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from expertmesh.router.core import RouterCore
-from expertmesh.router.snapshot import Replica
+from expertmesh.router.snapshot import Key, Replica
+from expertmesh.runtime.state.scaling import ScalingBoard
 from expertmesh.v1 import control_pb2, control_pb2_grpc
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 _NEVER_MS = 2**32 - 1
 
 
+def by_layer(keys: Iterable[Key]) -> list[control_pb2.LayerExperts]:
+    """(layer, expert) pairs, ascending, as messages."""
+    found: dict[int, list[int]] = {}
+    for layer, expert in keys:
+        found.setdefault(layer, []).append(expert)
+    return [control_pb2.LayerExperts(layer=own, experts=ids) for own, ids in found.items()]
+
+
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     """Reads a router core.
 
     Args:
+        board: decisions on scaling, and orders.
         redis: (whether Redis answers now, seconds since it last did).
         clock: the core's clock.
     """
@@ -24,11 +34,13 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self,
         mesh: str,
         core: RouterCore,
+        board: ScalingBoard,
         redis: Callable[[], tuple[bool, float]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mesh = mesh
         self._core = core
+        self._board = board
         self._redis = redis
         self._clock = clock
 
@@ -45,6 +57,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             replicas=replicas,
             redis_age_ms=min(int(min(age_s, 4e6) * 1e3), _NEVER_MS),
             redis_connected=connected,
+            missing=by_layer(self._core.missing()),
         )
 
     def _view(self, replica: Replica, now_s: float) -> control_pb2.ReplicaView:
@@ -62,3 +75,23 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     ) -> control_pb2.GetExpertUsageResponse:
         """Rows routed per layer and expert."""
         return self._core.usage.to_proto()
+
+    async def GetScaling(
+        self, request: control_pb2.GetScalingRequest, context: Any
+    ) -> control_pb2.GetScalingResponse:
+        """The newest decision on each group."""
+        return control_pb2.GetScalingResponse(groups=await self._board.read())
+
+    async def SetReplicas(
+        self, request: control_pb2.SetReplicasRequest, context: Any
+    ) -> control_pb2.SetReplicasResponse:
+        """A number of replicas, set by hand for a time."""
+        await self._board.set_replicas(request.group, request.replicas, request.for_ms)
+        return control_pb2.SetReplicasResponse()
+
+    async def ReleaseReplicas(
+        self, request: control_pb2.ReleaseReplicasRequest, context: Any
+    ) -> control_pb2.ReleaseReplicasResponse:
+        """The rule decides again."""
+        was_set = await self._board.release(request.group)
+        return control_pb2.ReleaseReplicasResponse(was_set=was_set)

@@ -45,6 +45,50 @@ class Routing:
     """int64, distinct within a row, in the slot order that an exact combine needs."""
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a gate thinks of every expert, before any is chosen."""
+
+    spec: RoutingSpec
+    logits_TE: torch.Tensor
+    choice_TE: torch.Tensor
+    """Experts are ranked by it: the largest are chosen."""
+    scores_TE: torch.Tensor | None
+    """None if only the chosen ones are scored."""
+    dtype: torch.dtype
+    """Of the hidden states."""
+
+    def top(self, top_k: int) -> torch.Tensor:
+        """[T, top_k] ids of the best, as the family orders them."""
+        sort = self.spec.topk_sorted
+        return self.choice_TE.topk(top_k, dim=-1, sorted=sort).indices
+
+    def weights(self, experts_TK: torch.Tensor) -> torch.Tensor:
+        """The family's weights if these were the experts chosen: [T, K]."""
+        spec = self.spec
+        weights_TK = self._scores_of(experts_TK)
+        if spec.renorm:
+            weights_TK = weights_TK / _norm(spec, weights_TK)
+        if spec.scale != 1.0:
+            weights_TK = weights_TK * spec.scale
+        return weights_TK.to(self.dtype) if spec.weights_dtype == "input" else weights_TK
+
+    def _scores_of(self, experts_TK: torch.Tensor) -> torch.Tensor:
+        spec = self.spec
+        if self.scores_TE is not None:
+            scores_TE = self.choice_TE if spec.weights_from_choice else self.scores_TE
+            return scores_TE.gather(1, experts_TK)
+        if spec.score_all:
+            return _score(spec, self.logits_TE).gather(1, experts_TK)
+        return _score(spec, self.logits_TE.gather(1, experts_TK))
+
+    def mass(self) -> torch.Tensor:
+        """How much each expert matters for a token, 0 or more: [T, E] in fp32."""
+        if self.scores_TE is not None:
+            return self.scores_TE.float()
+        return _score(self.spec, self.logits_TE).float()
+
+
 def route(spec: RoutingSpec, hidden_TD: torch.Tensor, gate: GateWeights) -> Routing:
     """Choose K experts and their weights for each token.
 
@@ -52,15 +96,29 @@ def route(spec: RoutingSpec, hidden_TD: torch.Tensor, gate: GateWeights) -> Rout
         hidden_TD: in the model's dtype, as they enter the gate.
         gate: weights that fit `spec`, from `gate_weights.GateReader`.
     """
+    if spec.select == "sparsemixer":
+        logits_TE = _logits(spec, _aligned(hidden_TD), gate)
+        weights_TK, experts_TK = _sparsemixer(spec, logits_TE)
+        return Routing(logits_TE, weights_TK, experts_TK)
+    scored = score(spec, hidden_TD, gate)
+    experts_TK = scored.top(spec.top_k)
+    return Routing(scored.logits_TE, scored.weights(experts_TK), experts_TK)
+
+
+def score(spec: RoutingSpec, hidden_TD: torch.Tensor, gate: GateWeights) -> Scored:
+    """What the gate thinks of every expert; not for sparsemixer, which picks one after the other.
+
+    Args:
+        hidden_TD, gate: as for `route`.
+    """
     logits_TE = _logits(spec, _aligned(hidden_TD), gate)
-    weights_TK, experts_TK = _SELECT[spec.select](spec, logits_TE, gate.correction_E)
-    if spec.renorm:
-        weights_TK = weights_TK / _norm(spec, weights_TK)
-    if spec.scale != 1.0:
-        weights_TK = weights_TK * spec.scale
-    if spec.weights_dtype == "input":
-        weights_TK = weights_TK.to(hidden_TD.dtype)
-    return Routing(logits_TE, weights_TK, experts_TK)
+    scores_TE = _score(spec, logits_TE) if spec.select == "scores" else None
+    choice_TE = logits_TE if scores_TE is None else scores_TE
+    if gate.correction_E is not None:
+        choice_TE = choice_TE + gate.correction_E
+    if scores_TE is not None and spec.is_grouped:
+        choice_TE = choice_TE.masked_fill(~_in_best_groups(spec, choice_TE), spec.group_fill)
+    return Scored(spec, logits_TE, choice_TE, scores_TE, hidden_TD.dtype)
 
 
 def _aligned(hidden_TD: torch.Tensor) -> torch.Tensor:
@@ -83,36 +141,11 @@ def _score(spec: RoutingSpec, logits: torch.Tensor) -> torch.Tensor:
     return _SCORE[spec.score](logits.float() if spec.score_dtype == "fp32" else logits)
 
 
-def _pick_by_scores(
-    spec: RoutingSpec, logits_TE: torch.Tensor, correction_E: torch.Tensor | None
-) -> Picked:
-    scores_TE = _score(spec, logits_TE)
-    choice_TE = scores_TE if correction_E is None else scores_TE + correction_E
-    if spec.is_grouped:
-        choice_TE = choice_TE.masked_fill(~_in_best_groups(spec, choice_TE), spec.group_fill)
-    experts_TK = choice_TE.topk(spec.top_k, dim=-1, sorted=spec.topk_sorted).indices
-    weights_TE = choice_TE if spec.weights_from_choice else scores_TE
-    return weights_TE.gather(1, experts_TK), experts_TK
-
-
-def _pick_by_logits(
-    spec: RoutingSpec, logits_TE: torch.Tensor, correction_E: torch.Tensor | None
-) -> Picked:
-    choice_TE = logits_TE if correction_E is None else logits_TE + correction_E
-    experts_TK = choice_TE.topk(spec.top_k, dim=-1, sorted=spec.topk_sorted).indices
-    if spec.score_all:
-        return _score(spec, logits_TE).gather(1, experts_TK), experts_TK
-    return _score(spec, logits_TE.gather(1, experts_TK)), experts_TK
-
-
-def _sparsemixer(
-    spec: RoutingSpec, logits_TE: torch.Tensor, correction_E: torch.Tensor | None
-) -> Picked:
+def _sparsemixer(spec: RoutingSpec, logits_TE: torch.Tensor) -> Picked:
     """SparseMixer's inference rule (Liu et al., arXiv 2409.12136; transformers' modeling_phimoe).
 
     Each pick is the best of what is left, weighted by a softmax over the experts close to it.
     """
-    assert correction_E is None
     left_TE = logits_TE
     picked: list[Picked] = []
     for _ in range(spec.top_k):
@@ -153,9 +186,4 @@ _SCORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: functional.softplus(logits).sqrt(),
-}
-_SELECT: dict[str, Callable[[RoutingSpec, torch.Tensor, torch.Tensor | None], Picked]] = {
-    "scores": _pick_by_scores,
-    "logits": _pick_by_logits,
-    "sparsemixer": _sparsemixer,
 }

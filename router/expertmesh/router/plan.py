@@ -10,9 +10,11 @@ import torch
 
 from expertmesh.router.combine import CombineMode
 from expertmesh.router.snapshot import Key
+from expertmesh.router.waterfill import Shares
 from expertmesh.runtime.errors import ExpertUnavailable
 
-Choose = Callable[[Sequence[str], Mapping[str, object]], str]
+Share = Callable[[Mapping[int, int], Mapping[int, Sequence[str]]], Shares]
+"""(rows of each expert, its holders) -> which of them get how many; see `waterfill.share_out`."""
 
 
 @dataclass
@@ -27,15 +29,20 @@ class Shipment:
     """Slots in the order of the shipment's rows."""
 
 
-def slot_order(experts_TK: torch.Tensor, mode: CombineMode) -> list[int]:
+def slot_order(experts_S: Sequence[int], experts_TK: torch.Tensor, mode: CombineMode) -> list[int]:
     """All slots in the order in which transformers stacks the rows of an expert.
 
     The order matters for the bits: products treat the last few rows of a matrix differently. The
     grouped implementations sort the ids of all slots (and torch.sort is not stable), the eager
     loops go k by k.
+
+    Args:
+        experts_S: the values of `experts_TK`, slot by slot.
     """
     num_tokens, top_k = experts_TK.shape
     if mode == "slot_sum":
+        if num_tokens == 1 and len(set(experts_S)) == top_k:  # nothing to be unstable about
+            return sorted(range(top_k), key=experts_S.__getitem__)
         order: list[int] = torch.sort(experts_TK.reshape(-1)).indices.tolist()
         return order
     return [token * top_k + k for k in range(top_k) for token in range(num_tokens)]
@@ -58,31 +65,49 @@ def plan(
     layer: int,
     slots: Mapping[int, Sequence[int]],
     holders: Mapping[Key, tuple[str, ...]],
-    choose: Choose,
+    share: Share,
 ) -> list[Shipment]:
-    """One shipment per replica; all rows of an expert go to one replica, so no GEMM is split.
+    """One shipment per replica.
 
     Args:
         slots: what `slots_by_expert` returns.
         holders: who can compute (layer, expert).
-        choose: picks one of several holders, given the replicas already contacted.
+        share: tells whose rows go where if some expert has several holders.
 
     Raises:
         ExpertUnavailable: nobody holds one of the experts.
     """
+    able = {expert: _able(layer, expert, holders) for expert in slots}
     shipments: dict[str, Shipment] = {}
+    if all(len(names) == 1 for names in able.values()):
+        for expert, own in slots.items():
+            _add(shipments, able[expert][0], expert, own)
+        return list(shipments.values())
+    shares = share({expert: len(own) for expert, own in slots.items()}, able)
     for expert, own in slots.items():
-        able = holders.get((layer, expert))
-        if not able:
-            raise ExpertUnavailable(
-                f"layer {layer}, expert {expert}: no live replica holds it; "
-                "see `expertmesh status` for the groups that are missing",
-                layer=layer,
-                expert=expert,
-            )
-        name = choose(able, shipments)
-        shipment = shipments.setdefault(name, Shipment(name))
-        shipment.experts.append(expert)
-        shipment.rows_per_expert.append(len(own))
-        shipment.slots_R.extend(own)
+        start = 0
+        for name, count in shares[expert]:
+            _add(shipments, name, expert, own[start : start + count])
+            start += count
     return list(shipments.values())
+
+
+def _able(layer: int, expert: int, holders: Mapping[Key, tuple[str, ...]]) -> tuple[str, ...]:
+    able = holders.get((layer, expert))
+    if able:
+        return able
+    raise ExpertUnavailable(
+        f"layer {layer}, expert {expert}: no live replica holds it; "
+        "see `expertmesh status` for the groups that are missing",
+        layer=layer,
+        expert=expert,
+    )
+
+
+def _add(shipments: dict[str, Shipment], name: str, expert: int, slots: Sequence[int]) -> None:
+    shipment = shipments.get(name)
+    if shipment is None:
+        shipment = shipments[name] = Shipment(name)
+    shipment.experts.append(expert)
+    shipment.rows_per_expert.append(len(slots))
+    shipment.slots_R.extend(slots)

@@ -1,72 +1,24 @@
-"""Sending the rows of a call to the replicas that the plan names, and filing their outputs.
-
-T tokens, D hidden size, R rows: of one replica, S rows: of a call. A slot is one (token, k) pair.
-"""
+"""The ways to all replicas: a stream to each, what is known of its times, and when it is late."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
-
+from expertmesh.router.backlog import Backlog
+from expertmesh.router.failover import FailoverSettings, HedgeBudget
+from expertmesh.router.latency import Latencies
 from expertmesh.router.plan import Shipment
 from expertmesh.router.snapshot import Life, Replica
-from expertmesh.router.streams import Answer, ReplicaStream
-from expertmesh.runtime.errors import DeadlineExceeded, InternalError
+from expertmesh.router.streams import FIRST_TRANSPORT_US, ReplicaStream
+from expertmesh.runtime.errors import CannotMakeIt
+from expertmesh.runtime.origin import Origin
+from expertmesh.runtime.security.access import PLAIN, Access
 from expertmesh.runtime.telemetry import Telemetry
-from expertmesh.runtime.tensors import bytes_of, to_bytes, wire_dtype
-from expertmesh.v1 import expert_pb2
 
 STAGE = "router"
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """What a replica is asked: one shipment's rows, a part of the call's."""
-
-    replica: Replica
-    shipment: Shipment
-    rows: memoryview
-    """Bytes of the shipment's rows."""
-    outputs: memoryview
-    """Where the bytes of their outputs belong."""
-
-
-@dataclass(frozen=True)
-class CallRows:
-    """The rows of one call in the order of the plan: each shipment's lie side by side.
-
-    One gather and one scatter for the whole call, whatever the number of replicas; between them
-    rows are only bytes.
-    """
-
-    layer: int
-    rows_SD: torch.Tensor
-    outputs_SD: torch.Tensor
-    slots_S: torch.Tensor
-    """The slot of each row."""
-
-    @classmethod
-    def gather(
-        cls, layer: int, hidden_TD: torch.Tensor, top_k: int, shipments: Sequence[Shipment]
-    ) -> "CallRows":
-        """The rows that the shipments name."""
-        slots_S = torch.tensor([slot for shipment in shipments for slot in shipment.slots_R])
-        rows_SD = hidden_TD.index_select(0, slots_S.div(top_k, rounding_mode="floor"))
-        return cls(layer, rows_SD, torch.empty_like(rows_SD), slots_S)
-
-    def parcels(
-        self, shipments: Sequence[Shipment], replicas: Iterable[Replica]
-    ) -> Iterator[Parcel]:
-        """Each shipment with its share of the rows' memory."""
-        rows, outputs = to_bytes(self.rows_SD), bytes_of(self.outputs_SD)
-        row_bytes = self.rows_SD.shape[1] * self.rows_SD.itemsize
-        start = 0
-        for shipment, replica in zip(shipments, replicas, strict=True):
-            stop = start + len(shipment.slots_R) * row_bytes
-            yield Parcel(replica, shipment, rows[start:stop], outputs[start:stop])
-            start = stop
+_FIRST_LATE_S = 0.1
+_FIRST_LATE_COSTS = 4.0
+"""While no times are known, late is this many times what the replica says it costs."""
+_SILENT_LATES = 4.0
 
 
 class Shipper:
@@ -76,6 +28,7 @@ class Shipper:
         model: name of the model in requests.
         max_message_bytes: larger shipments are refused.
         clock: seconds, monotonic.
+        access: how to connect to replicas.
     """
 
     def __init__(
@@ -84,103 +37,112 @@ class Shipper:
         telemetry: Telemetry,
         max_message_bytes: int,
         clock: Callable[[], float],
+        failover: FailoverSettings,
+        access: Access = PLAIN,
     ) -> None:
-        self._model = model
-        self._telemetry = telemetry
-        self._metrics = telemetry.metrics
+        self.model = model
+        self.telemetry = telemetry
+        self.clock = clock
+        self.budget = HedgeBudget(failover)
+        self.latencies = Latencies()
+        """Of all replicas."""
+        self.backlog = Backlog()
+        self._silent_s = failover.silent_s
         self._max_message_bytes = max_message_bytes
-        self._clock = clock
+        self._access = access
         self._streams: dict[Life, ReplicaStream] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def ship(
-        self, call: CallRows, parcels: Sequence[Parcel], timeout_s: float
-    ) -> list[asyncio.Future[Answer]]:
-        """Send all parcels at once; every future is done when this returns.
-
-        What came is in `call.outputs_SD`; what failed is the exception of its future.
-
-        Raises:
-            DeadlineExceeded: some replica has not answered within `timeout_s`.
-            MessageTooLarge: nothing more was sent.
-        """
-        if timeout_s <= 0:
-            names = ", ".join(parcel.replica.name for parcel in parcels)
-            raise DeadlineExceeded(f"layer {call.layer}: no time left to ask {names}")
-        answers: list[asyncio.Future[Answer]] = []
-        try:
-            for parcel in parcels:
-                answers.append(self._send(call, parcel, timeout_s))
-            _, late = await asyncio.wait(answers, timeout=timeout_s)
-        finally:
-            for answer in answers:
-                answer.cancel()  # does nothing to those that are done
-        if late:
-            parcel = next(p for p, a in zip(parcels, answers, strict=True) if a in late)
-            address = parcel.replica.state.address
-            raise DeadlineExceeded(
-                f"replica at {address} did not answer within {timeout_s:.3f} s", address=address
-            )
-        for parcel, answer in zip(parcels, answers, strict=True):
-            if not answer.exception():
-                _file(answer.result(), call, parcel)
-        return answers
-
-    def _send(self, call: CallRows, parcel: Parcel, timeout_s: float) -> asyncio.Future[Answer]:
-        replica, shipment, hidden_size = parcel.replica, parcel.shipment, call.rows_SD.shape[1]
-        group, num_rows = replica.state.group, len(shipment.slots_R)
-        request = expert_pb2.ComputeRequest(
-            model=self._model,
-            layer=call.layer,
-            experts=shipment.experts,
-            rows_per_expert=shipment.rows_per_expert,
-            dtype=wire_dtype(call.rows_SD.dtype, "hidden.dtype"),
-            hidden_size=hidden_size,
-        )
-        span = self._span(parcel, request)
-        started_s = self._clock()
-        answer = self._stream(replica).send(request, parcel.rows, num_rows, timeout_s)
-        self._metrics.in_flight_rows.add(num_rows, STAGE, group)
-
-        def done(answer: asyncio.Future[Answer]) -> None:
-            self._metrics.in_flight_rows.add(-num_rows, STAGE, group)
-            error = None if answer.cancelled() else answer.exception()
-            if span:
-                _end(span, error)
-            if not answer.cancelled() and not error:
-                response = answer.result()[0]
-                away_s = (response.queue_us + response.compute_us) / 1e6
-                self._metrics.transport_time.record(self._clock() - started_s - away_s, group)
-                self._metrics.rows.add(num_rows, STAGE, group)
-
-        answer.add_done_callback(done)
-        return answer
-
-    def _span(self, parcel: Parcel, request: expert_pb2.ComputeRequest) -> Span | None:
-        """A running span that the replica's spans are children of; None if it is not recorded."""
-        if not self._telemetry.enabled:
-            return None
-        span, request.traceparent = self._telemetry.start("router.send", kind=SpanKind.CLIENT)
-        if not span.is_recording():
-            return None
-        span.set_attribute("expertmesh.replica", parcel.replica.name)
-        span.set_attribute("expertmesh.rows", len(parcel.shipment.slots_R))
-        return span
-
-    def _stream(self, replica: Replica) -> ReplicaStream:
+    def stream(self, replica: Replica) -> ReplicaStream:
+        """The open stream to a replica."""
         stream = self._streams.get(replica.life)
         if stream is not None and stream.closed:
             self._drop(replica.life, stream)
             stream = None
         if stream is None:
-            stream = ReplicaStream(replica.state.address, self._max_message_bytes)
-            self._streams[replica.life] = stream
+            stream = self._streams[replica.life] = self.new_stream(replica)
         return stream
+
+    def new_stream(self, replica: Replica) -> ReplicaStream:
+        """One that nobody else uses; whoever asks for it closes it."""
+        state = replica.state
+        return ReplicaStream(
+            state.address, self._max_message_bytes, state.local_socket, self.clock, self._access
+        )
+
+    def renew(self, life: Life) -> None:
+        """Give up a stream on which nothing comes; what is pending on it fails and is retried."""
+        stream = self._streams.get(life)
+        if stream is not None:
+            self._drop(life, stream)
 
     def in_flight_rows(self, life: Life) -> int:
         """Rows sent to a replica and not yet answered."""
         stream = self._streams.get(life)
         return stream.in_flight_rows if stream else 0
+
+    def under_way(self, life: Life) -> tuple[int, float]:
+        """Rows sent to a replica and not yet answered, and what a message there and back takes
+        without the compute, in microseconds."""
+        stream = self._streams.get(life)
+        if stream is None:
+            return 0, FIRST_TRANSPORT_US
+        return stream.in_flight_rows, stream.transport_us(self.clock())
+
+    def too_late(
+        self,
+        shipments: Sequence[Shipment],
+        replicas: Sequence[Replica],
+        origin: Origin,
+        deadline_s: float,
+    ) -> dict[str, CannotMakeIt]:
+        """See `Backlog.too_late`."""
+        times = (self.clock(), deadline_s)
+        return self.backlog.too_late(shipments, replicas, origin, times, self.in_flight_rows)
+
+    # -- time ------------------------------------------------------------------------------------
+
+    def late_s(self, replica: Replica, num_rows: int, others: Iterable[Replica] = ()) -> float:
+        """Time after which the answer for that many rows is late: by the replica's own times, or by
+        those of others that could be asked if these are shorter, as one that is always slow is
+        never late by its own. By everybody's while none of these are known.
+
+        Args:
+            others: that hold the same experts.
+        """
+        best_s = self._late_s(replica, num_rows)
+        for other in others:
+            own_s = self._late_s(other, num_rows)
+            if own_s is not None and (best_s is None or own_s < best_s):
+                best_s = own_s
+        if best_s is None:
+            best_s = self.latencies.late_s(num_rows)
+        if best_s is not None:
+            return best_s
+        costs = replica.costs
+        cost_us = costs.batch_us + num_rows * (costs.row_us + costs.expert_us)
+        return max(_FIRST_LATE_S, _FIRST_LATE_COSTS * cost_us / 1e6)
+
+    def _late_s(self, replica: Replica, num_rows: int) -> float | None:
+        stream = self._streams.get(replica.life)
+        return stream.latencies.late_s(num_rows) if stream else None
+
+    def is_late(self, replica: Replica) -> bool:
+        """Whether its oldest request has waited for longer than such requests do."""
+        stream = self._streams.get(replica.life)
+        if stream is None or not stream.in_flight_rows:
+            return False
+        return stream.waiting_s() > self.late_s(replica, stream.oldest_rows())
+
+    def is_silent(self, replica: Replica) -> bool:
+        """Whether it has been asked and nothing has come for too long."""
+        stream = self._streams.get(replica.life)
+        if stream is None or not stream.in_flight_rows:
+            return False
+        late_s = self.late_s(replica, stream.oldest_rows())
+        return stream.silent_s() > max(self._silent_s, _SILENT_LATES * late_s)
+
+    # -- the end ---------------------------------------------------------------------------------
 
     def keep_only(self, lives: Iterable[Life]) -> None:
         """Close the streams to all other replicas; what is pending on them fails and is retried."""
@@ -198,23 +160,3 @@ class Shipper:
         """End all streams."""
         self.keep_only(())
         await asyncio.gather(*self._closing)
-
-
-def _end(span: Span, error: BaseException | None) -> None:
-    if error:
-        span.record_exception(error)
-        span.set_status(Status(StatusCode.ERROR, str(error)))
-    span.end()
-
-
-def _file(answer: Answer, call: CallRows, parcel: Parcel) -> None:
-    """Copy the rows to their place; an answer of another form than asked for is a bug, never a
-    number."""
-    response, payload = answer
-    dtype, hidden_size = wire_dtype(call.rows_SD.dtype), call.rows_SD.shape[1]
-    got = (response.dtype, response.hidden_size, len(payload))
-    asked = (dtype, hidden_size, len(parcel.outputs))
-    if got != asked:
-        name = parcel.replica.name
-        raise InternalError(f"{name} answered (dtype, width, bytes) {got}, asked {asked}")
-    parcel.outputs[:] = payload

@@ -6,39 +6,55 @@ Importing it costs no torch; what needs torch is imported when first used.
 from typing import TYPE_CHECKING, Any
 
 from expertmesh.client.generate import AsyncClient, Chunk, Client, request_of
+from expertmesh.runtime.security.access import PLAIN, Access
 
 if TYPE_CHECKING:
     from expertmesh.client.router import RouterClient
 
-__all__ = ["AsyncClient", "Chunk", "Client", "RouterClient", "attach", "register", "request_of"]
+__all__ = [
+    "Access",
+    "AsyncClient",
+    "Chunk",
+    "Client",
+    "RouterClient",
+    "attach",
+    "register",
+    "request_of",
+]
 
 
-def attach(model: Any, target: str) -> Any:
+def attach(model: Any, target: "str | RouterClient", access: Access = PLAIN) -> Any:
     """Replace the experts of a loaded transformers model by those of a mesh; returns the model.
 
     Args:
         model: any Mixture-of-Experts `PreTrainedModel`; the memory of its experts is freed.
-        target: "host:port" of a router that serves the same checkpoint.
+        target: "host:port" of a router that serves the same checkpoint, or a client of one, which
+            says what to do when experts are missing and what that has cost.
+        access: certificates and token for a "host:port"; the default is plaintext without a token.
 
     Raises:
         UnsupportedCheckpoint: the model has no experts that can be called remotely.
     """
     from expertmesh.client.hooks import attach_caller
-    from expertmesh.client.router import RouterClient
 
-    return attach_caller(model, RouterClient(target))
+    return attach_caller(model, _client(target, access))
 
 
-def register(target: str) -> None:
+def _client(target: "str | RouterClient", access: Access) -> "RouterClient":
+    from expertmesh.client.router import RouterClient  # imports torch
+
+    return RouterClient(target, access=access) if isinstance(target, str) else target
+
+
+def register(target: "str | RouterClient", access: Access = PLAIN) -> None:
     """Make `from_pretrained(..., experts_implementation="expertmesh")` use the experts of a mesh.
 
     Args:
-        target: "host:port" of a router that serves the same checkpoint.
+        target, access: as for `attach`.
     """
     from expertmesh.client.hooks import register_caller
-    from expertmesh.client.router import RouterClient
 
-    register_caller(RouterClient(target))
+    register_caller(_client(target, access))
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,8 @@ import grpc
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from expertmesh.runtime.errors import ExpertMeshError, from_status
+from expertmesh.runtime.error_status import from_status
+from expertmesh.runtime.errors import ExpertMeshError
 
 
 def error_of(failure: grpc.RpcError) -> ExpertMeshError:

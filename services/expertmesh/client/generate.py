@@ -1,5 +1,7 @@
 """Clients of GenerateService. Import neither torch nor Ray nor Redis."""
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -8,8 +10,11 @@ from typing import Self
 import grpc
 
 from expertmesh.client.failures import error_of
-from expertmesh.runtime.channels import channel_options
-from expertmesh.v1 import generate_pb2, generate_pb2_grpc, router_pb2
+from expertmesh.client.retries import Patience
+from expertmesh.runtime.channels import connect, connect_blocking
+from expertmesh.runtime.missing_experts import to_proto
+from expertmesh.runtime.security.access import PLAIN, Access, Metadata
+from expertmesh.v1 import generate_pb2, generate_pb2_grpc, priority_pb2, router_pb2
 
 Prompt = str | Sequence[int]
 
@@ -26,6 +31,11 @@ class Chunk:
     """In the last chunk."""
     generated_tokens: int
     """In the last chunk."""
+    degraded_mass: float = 0.0
+    """What missing experts have cost so far: the largest share of a token's weights in a layer that
+    was for experts without a live replica; 0 if everything is exact."""
+    mean_degraded_mass: float = 0.0
+    """The mean over all tokens and layers so far, the prompt's included."""
 
 
 def request_of(
@@ -39,8 +49,20 @@ def request_of(
     seed: int | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    missing_experts: str | None = None,
+    selection: router_pb2.SelectionOptions | None = None,
+    batch: bool = False,
 ) -> generate_pb2.GenerateRequest:
-    """A GenerateRequest; greedy unless one of the sampling parameters is given."""
+    """A GenerateRequest; greedy unless one of the sampling parameters is given.
+
+    Args:
+        missing_experts: "strict", "substitute" or "renormalise"; None: as the gateway's settings.
+        selection: how far the experts may be from the gate's choice; None: as configured.
+        batch: nobody waits for it: run it after interactive requests.
+
+    Raises:
+        InvalidInput: there is no such policy.
+    """
     drawn = (temperature, top_k, top_p, seed)
     sampling = generate_pb2.SamplingParams(
         do_sample=any(value is not None for value in drawn),
@@ -55,6 +77,9 @@ def request_of(
         max_new_tokens=max_new_tokens,
         stop=stop,
         ignore_eos=ignore_eos,
+        missing_experts=to_proto(missing_experts),
+        selection=selection,
+        priority=priority_pb2.PRIORITY_BATCH if batch else priority_pb2.PRIORITY_UNSPECIFIED,
     )
     if isinstance(prompt, str):
         request.text = prompt
@@ -72,6 +97,8 @@ def _chunk(response: generate_pb2.GenerateResponse) -> Chunk:
         "" if name == "unspecified" else name,
         response.prompt_tokens,
         response.generated_tokens,
+        response.degraded_mass.largest,
+        response.degraded_mass.mean,
     )
 
 
@@ -80,10 +107,12 @@ class Client:
 
     Args:
         target: "host:port".
+        access: certificates and token; the default is plaintext without a token.
     """
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.insecure_channel(target, options=channel_options())
+    def __init__(self, target: str, access: Access = PLAIN) -> None:
+        self._access = access
+        self._channel = connect_blocking(target, access)
         self._stub = generate_pb2_grpc.GenerateServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -109,9 +138,19 @@ class Client:
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        missing_experts: str | None = None,
+        selection: router_pb2.SelectionOptions | None = None,
+        batch: bool = False,
         timeout_s: float | None = None,
+        retries: int = 0,
     ) -> Iterator[Chunk]:
         """Tokens and text as they come. Closing the iterator cancels the call and frees its slot.
+
+        Args:
+            missing_experts, selection: as for `request_of`.
+            batch: nobody waits for it: run it after interactive requests.
+            timeout_s: for everything, pauses included.
+            retries: how often a request that was not begun is tried again, when the gateway says.
 
         Raises:
             ExpertMeshError: as the gateway answered.
@@ -126,20 +165,37 @@ class Client:
             seed=seed,
             stop=stop,
             ignore_eos=ignore_eos,
+            missing_experts=missing_experts,
+            selection=selection,
+            batch=batch,
         )
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
-        try:
-            for response in call:
-                yield _chunk(response)
-        except grpc.RpcError as failure:
-            raise error_of(failure) from None
-        finally:
-            call.cancel()
+        patience = Patience(retries, timeout_s)
+        while True:
+            call = self._stub.Generate(
+                request, timeout=patience.left_s(), metadata=call_metadata(self._access)
+            )
+            has_begun = False
+            try:
+                for response in call:
+                    has_begun = True
+                    yield _chunk(response)
+                return
+            except grpc.RpcError as failure:
+                error = error_of(failure)
+            finally:
+                call.cancel()
+            if has_begun:
+                raise error
+            time.sleep(patience.pause_s(error))
 
     def models(self, timeout_s: float = 10.0) -> list[router_pb2.ModelInfo]:
         """The models the gateway serves."""
         try:
-            reply = self._stub.ListModels(router_pb2.ListModelsRequest(), timeout=timeout_s)
+            reply = self._stub.ListModels(
+                router_pb2.ListModelsRequest(),
+                timeout=timeout_s,
+                metadata=self._access.metadata(),
+            )
         except grpc.RpcError as failure:
             raise error_of(failure) from None
         return list(reply.models)
@@ -150,10 +206,12 @@ class AsyncClient:
 
     Args:
         target: "host:port".
+        access: certificates and token; the default is plaintext without a token.
     """
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=channel_options())
+    def __init__(self, target: str, access: Access = PLAIN) -> None:
+        self._access = access
+        self._channel = connect(target, access=access)
         self._stub = generate_pb2_grpc.GenerateServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -168,27 +226,45 @@ class AsyncClient:
         await self._channel.close()
 
     async def generate(
-        self, request: generate_pb2.GenerateRequest, timeout_s: float | None = None
+        self,
+        request: generate_pb2.GenerateRequest,
+        timeout_s: float | None = None,
+        retries: int = 0,
     ) -> AsyncGenerator[Chunk, None]:
         """Tokens and text as they come, for a request made with `request_of`.
+
+        Args:
+            timeout_s: for everything, pauses included.
+            retries: how often a request that was not begun is tried again, when the gateway says.
 
         Raises:
             ExpertMeshError: as the gateway answered.
         """
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=trace_metadata())
-        try:
-            async for response in call:
-                yield _chunk(response)
-        except grpc.RpcError as failure:
-            raise error_of(failure) from None
-        finally:
-            call.cancel()
+        patience = Patience(retries, timeout_s)
+        while True:
+            call = self._stub.Generate(
+                request, timeout=patience.left_s(), metadata=call_metadata(self._access)
+            )
+            has_begun = False
+            try:
+                async for response in call:
+                    has_begun = True
+                    yield _chunk(response)
+                return
+            except grpc.RpcError as failure:
+                error = error_of(failure)
+            finally:
+                call.cancel()
+            if has_begun:
+                raise error
+            await asyncio.sleep(patience.pause_s(error))
 
 
-def trace_metadata() -> tuple[tuple[str, str], ...]:
-    """W3C trace context of the caller's current span, so that its trace goes on in the mesh."""
+def call_metadata(access: Access) -> Metadata:
+    """The token, and the W3C trace context of the caller's current span, whose trace goes on in the
+    mesh."""
     from opentelemetry.propagate import inject
 
     carrier: dict[str, str] = {}
     inject(carrier)
-    return tuple(carrier.items())
+    return (*access.metadata(), *carrier.items())

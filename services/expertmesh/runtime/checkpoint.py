@@ -1,17 +1,21 @@
 """Hugging Face checkpoint directories: checked from their headers before anything is loaded, then
 read tensor by tensor straight from the page cache."""
 
+from __future__ import annotations
+
 import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from safetensors import safe_open
 
 from expertmesh.runtime.errors import DamagedShard, MissingShard, NotACheckpoint
+
+if TYPE_CHECKING:  # what only looks at headers starts without torch
+    import torch
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -83,6 +87,13 @@ class Checkpoint:
         """The language model's `model_type`, or "" when config.json has none."""
         return str(self.text_config.get("model_type", ""))
 
+    @property
+    def dtype_name(self) -> str:
+        """The compute dtype config.json names, as transformers reads it: "bfloat16", "float32"."""
+        configs = (self.text_config, self.config)
+        names = [config.get("dtype") or config.get("torch_dtype") for config in configs]
+        return next((str(name) for name in names if name), "float32").removeprefix("torch.")
+
     def names(self) -> Iterable[str]:
         """Every tensor's name."""
         return self._tensors.keys()
@@ -121,6 +132,22 @@ class Checkpoint:
         """Entries [start, stop) of the first dimension, memory-mapped."""
         tensor: torch.Tensor = self._slice(name)[start:stop]
         return tensor
+
+    def check_still_there(self, names: Iterable[str]) -> None:
+        """To be asked before mapped tensors are read late: touching what a file has lost is a
+        SIGBUS, which ends the process.
+
+        Raises:
+            DamagedShard: a file of theirs has been cut off since it was opened.
+        """
+        for name in names:
+            header = self._tensors[name]
+            expected_bytes = header.offset_bytes + header.num_bytes
+            actual_bytes = header.file.stat().st_size if header.file.exists() else expected_bytes
+            if actual_bytes < expected_bytes:
+                raise _damaged(
+                    header.file, f"{expected_bytes} bytes or more", actual_bytes, expected_bytes
+                )
 
     def _slice(self, name: str) -> Any:
         file = self._tensors[name].file

@@ -11,12 +11,19 @@ from expertmesh.runtime.errors import ConfigError
 
 ENV_PREFIX = "EXPERTMESH_"
 NESTING = "__"
+_SECRETS = {"password", "sha256", "token", "url", "redis_url"}
+"""Fields whose values no message repeats: somebody may have put a secret there."""
 
 
 class Settings(BaseModel):
     """Base of all configuration: immutable, and a misspelt field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # pydantic's own text, which others may log
+    )
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -70,6 +77,13 @@ def _source(field: str, sources: Mapping[str, str], file: Path | None) -> str:
     return next((sources[n] for n in names if n in sources), str(file or "defaults and arguments"))
 
 
+def _got(problem: Any) -> str:
+    """What came, unless it may be, or hold, a secret."""
+    is_plain = isinstance(problem["input"], str | int | float | None)
+    is_secret = bool(_SECRETS.intersection(problem["loc"]))
+    return f", got {problem['input']!r}" if is_plain and not is_secret else ""
+
+
 def _explain(error: ValidationError, sources: Mapping[str, str], file: Path | None) -> ConfigError:
     lines = []
     for problem in error.errors():
@@ -78,8 +92,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str], file: Path | No
         if problem["type"] == "extra_forbidden":
             lines.append(f"{field}: no such field (from {source})")
         else:
-            got = f", got {problem['input']!r}" if problem["type"] != "missing" else ""
-            lines.append(f"{field}: {problem['msg']}{got} (from {source})")
+            lines.append(f"{field}: {problem['msg']}{_got(problem)} (from {source})")
     return ConfigError("; ".join(lines), field=_dotted(error.errors()[0]["loc"]))
 
 
@@ -103,7 +116,10 @@ def load(
     for variable in sorted(env):
         if variable.startswith(ENV_PREFIX):
             field = variable.removeprefix(ENV_PREFIX).lower().replace(NESTING, ".")
-            _place(values, field, parse_value(env[variable], variable), variable)
+            # a password is text, whatever YAML would make of it
+            is_text = field.rpartition(".")[2] == "password"
+            text = env[variable]
+            _place(values, field, text if is_text else parse_value(text, variable), variable)
             sources[field] = variable
     for field, value in (overrides or {}).items():
         if value is not None:

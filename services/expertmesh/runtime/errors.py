@@ -11,31 +11,51 @@ ExpertMeshError
 │   ├── DamagedShard            FAILED_PRECONDITION  shorter than its header says, or no header
 │   └── UnsupportedCheckpoint   FAILED_PRECONDITION  a model family or layout we do not read
 ├── InsufficientMemory          FAILED_PRECONDITION  the experts do not fit the device
+├── StaleController             FAILED_PRECONDITION  a newer controller has taken over
 ├── UnknownModel                NOT_FOUND            no such model here
 ├── UnknownExpert               NOT_FOUND            no such layer or expert in the model
+├── Unauthenticated             UNAUTHENTICATED      no token, or none that this server takes
+├── PermissionDenied            PERMISSION_DENIED    the caller is known and may not do this
 ├── MessageTooLarge             RESOURCE_EXHAUSTED   above max_message_bytes
 ├── QueueFull                   RESOURCE_EXHAUSTED   a bounded queue is full; retry later
+│   └── CannotMakeIt            RESOURCE_EXHAUSTED   it would be too late; refused at once
+├── RateLimited                 RESOURCE_EXHAUSTED   the caller is above its own limit
 ├── DeadlineExceeded            DEADLINE_EXCEEDED    no answer in the time the caller gave
 ├── Unavailable                 UNAVAILABLE          retrying, here or elsewhere, can help
 │   ├── Draining                UNAVAILABLE          the replica finishes its work and leaves
 │   ├── StreamClosed            UNAVAILABLE          the connection to a replica broke
+│   ├── CorruptAnswer           UNAVAILABLE          a replica answered something else than asked
+│   ├── WeightsUnavailable      UNAVAILABLE          a device did not get an expert's weights
 │   └── ExpertUnavailable       UNAVAILABLE          no live replica holds the expert
+├── Cancelled                   CANCELLED            its caller has taken the request back
 └── InternalError               INTERNAL             our bug; the text stays in the log
 
-On the wire an error is a google.rpc.Status with one ErrorInfo detail (reason = class name in
-UPPER_SNAKE, domain "expertmesh", metadata = the error's fields); `from_status` rebuilds the same
-class on the other side.
+On the wire an error is a google.rpc.Status with an ErrorInfo detail (reason = class name in
+UPPER_SNAKE, domain "expertmesh", metadata = the error's fields) and, if the error says when to come
+again, a RetryInfo; `error_status.from_status` rebuilds the same class on the other side.
 """
 
 import re
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import grpc
-from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "expertmesh"
+
+
+_MESSAGE_BYTES = 1024
+_FIELD_BYTES = 128
+_NAME_BYTES = 32
+_MAX_FIELDS = 8
+
+
+def _cut(text: str, num_bytes: int) -> str:
+    """The text, or so much of its beginning that it takes no more than `num_bytes`."""
+    data = text.encode("utf-8", "replace")
+    if len(data) <= num_bytes:
+        return data.decode()
+    return data[: num_bytes - 3].decode("utf-8", "ignore") + "..."
 
 
 class ExpertMeshError(Exception):
@@ -54,6 +74,13 @@ class ExpertMeshError(Exception):
         super().__init__(message)
         self.message = message
         self.fields = {key: str(value) for key, value in fields.items()}
+        self.retry_after_s: float | None = None
+        """When the same call can be expected to succeed; None: the callee does not know."""
+
+    def after(self, retry_after_s: float | None) -> Self:
+        """The same error, saying when to come again."""
+        self.retry_after_s = retry_after_s
+        return self
 
     @classmethod
     def reason(cls) -> str:
@@ -61,13 +88,28 @@ class ExpertMeshError(Exception):
         return re.sub(r"(?<=.)(?=[A-Z])", "_", cls.__name__).upper()
 
     def to_status(self) -> status_pb2.Status:
-        """This error as a google.rpc.Status with its details."""
+        """This error as a google.rpc.Status with its details.
+
+        Long texts are cut, as they may repeat what a caller sent, and gRPC drops a whole status
+        that does not fit its metadata.
+        """
         info = error_details_pb2.ErrorInfo(
-            reason=self.reason(), domain=DOMAIN, metadata=self.fields
+            reason=self.reason(),
+            domain=DOMAIN,
+            metadata={_cut(k, _NAME_BYTES): _cut(v, _FIELD_BYTES) for k, v in self._few_fields()},
         )
-        detail = any_pb2.Any()
-        detail.Pack(info)
-        return status_pb2.Status(code=self.code.value[0], message=self.message, details=[detail])
+        status = status_pb2.Status(
+            code=self.code.value[0], message=_cut(self.message, _MESSAGE_BYTES)
+        )
+        status.details.add().Pack(info)
+        if self.retry_after_s is not None:  # generic clients know it as RetryInfo
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromMicroseconds(round(self.retry_after_s * 1e6))
+            status.details.add().Pack(retry)
+        return status
+
+    def _few_fields(self) -> list[tuple[str, str]]:
+        return list(self.fields.items())[:_MAX_FIELDS]
 
 
 class InvalidInput(ExpertMeshError):
@@ -127,6 +169,12 @@ class InsufficientMemory(ExpertMeshError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class StaleController(ExpertMeshError):
+    """A replica has seen a newer controller than the one that asks; `seen` is its epoch."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class UnknownModel(ExpertMeshError):
     """The named model is not served here."""
 
@@ -139,6 +187,18 @@ class UnknownExpert(ExpertMeshError):
     code = grpc.StatusCode.NOT_FOUND
 
 
+class Unauthenticated(ExpertMeshError):
+    """The call has no token, or none that this server takes."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(ExpertMeshError):
+    """The caller is known, and may not do this: a scope, or the mesh's identity, is missing."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class MessageTooLarge(ExpertMeshError):
     """A message above the configured size limit; split it or raise `max_message_bytes`."""
 
@@ -147,6 +207,17 @@ class MessageTooLarge(ExpertMeshError):
 
 class QueueFull(ExpertMeshError):
     """A bounded queue is full: the callee is overloaded, nothing was accepted."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retryable = True
+
+
+class CannotMakeIt(QueueFull):
+    """The callee has so much to do that the answer would come too late; it did not begin."""
+
+
+class RateLimited(ExpertMeshError):
+    """The caller is above its own limit."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     retryable = True
@@ -173,50 +244,23 @@ class StreamClosed(Unavailable):
     """The connection to a replica broke before it answered."""
 
 
+class CorruptAnswer(Unavailable):
+    """A replica's answer is not of the form that was asked for."""
+
+
+class WeightsUnavailable(Unavailable):
+    """A replica could not bring the weights of an expert it holds to its device."""
+
+
 class ExpertUnavailable(Unavailable):
     """No live replica holds an expert that the request needs."""
 
 
+class Cancelled(ExpertMeshError):
+    """Its caller has taken the request back."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
 class InternalError(ExpertMeshError):
     """A bug of ours. The cause is in the log of the process that raised it, never on the wire."""
-
-
-def _classes(base: type[ExpertMeshError]) -> dict[str, type[ExpertMeshError]]:
-    found = {base.reason(): base}
-    for child in base.__subclasses__():
-        found |= _classes(child)
-    return found
-
-
-_BY_REASON = _classes(ExpertMeshError)
-_BY_CODE: dict[int, type[ExpertMeshError]] = {
-    code_pb2.INVALID_ARGUMENT: InvalidInput,
-    code_pb2.NOT_FOUND: UnknownModel,
-    code_pb2.RESOURCE_EXHAUSTED: QueueFull,
-    code_pb2.FAILED_PRECONDITION: CheckpointError,
-    code_pb2.DEADLINE_EXCEEDED: DeadlineExceeded,
-    code_pb2.UNAVAILABLE: Unavailable,
-    code_pb2.CANCELLED: Unavailable,  # what a stopping server answers to a call just arrived
-}
-_OVERSIZE = "message larger than max"  # gRPC's own refusal has the code of a full queue
-
-
-def from_status(status: status_pb2.Status) -> ExpertMeshError:
-    """The error a status stands for; a foreign status becomes the nearest class by its code."""
-    for detail in status.details:
-        info = _error_info(detail)
-        if info.domain == DOMAIN and info.reason in _BY_REASON:
-            return _BY_REASON[info.reason](status.message, **dict(info.metadata))
-    if _OVERSIZE in status.message and status.code == code_pb2.RESOURCE_EXHAUSTED:
-        return MessageTooLarge(status.message)
-    return _BY_CODE.get(status.code, InternalError)(status.message)
-
-
-def _error_info(detail: any_pb2.Any) -> error_details_pb2.ErrorInfo:
-    """The detail as an ErrorInfo; an empty one if it is something else, or garbage."""
-    info = error_details_pb2.ErrorInfo()
-    try:
-        detail.Unpack(info)
-    except DecodeError:
-        info.Clear()
-    return info

@@ -124,6 +124,7 @@ class Histogram:
 
 
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_FRACS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _ROWS = tuple(float(2**power) for power in range(15))
 
 _STAGE = ("stage",)
@@ -166,8 +167,63 @@ class Metrics:
         )
         self.batch_rows = _histogram("batch_rows", "{row}", "Rows computed together", _GROUP, _ROWS)
         self.compute_time = _histogram("compute_time", "s", "Of one batch on the device", _GROUP)
+        self.residency_hits = _counter(
+            "residency_hits", "{use}", "Expert uses that found the weights on the device", _GROUP
+        )
+        self.residency_misses = _counter(
+            "residency_misses", "{use}", "Expert uses that waited for the weights", _GROUP
+        )
+        self.residency_loads = _counter(
+            "residency_loads", "{load}", "Experts brought to the device", _GROUP
+        )
+        self.residency_prefetches = _counter(
+            "residency_prefetches", "{load}", "Loads begun before anybody asked", _GROUP
+        )
+        self.residency_evictions = _counter(
+            "residency_evictions", "{expert}", "Experts that left the device for others", _GROUP
+        )
+        self.resident_bytes = _level(
+            "resident_bytes", "By", "Of device memory that experts' weights take", _GROUP
+        )
         self.transport_time = _histogram(
             "transport_time", "s", "Round trip to a replica less its own time", _GROUP
+        )
+        self.retries = _counter(
+            "retries", "{message}", "Messages of a group sent again to other replicas", _GROUP
+        )
+        self.hedges = _counter(
+            "hedges", "{message}", "Messages sent to a second copy as the first was late", _GROUP
+        )
+        self.hedges_won = _counter(
+            "hedges_won", "{message}", "Of these, those answered first", _GROUP
+        )
+        self.set_asides = _counter(
+            "set_asides", "{event}", "Times a replica was found unfit for work", _GROUP
+        )
+        self.given_up_mass = _histogram(
+            "given_up_mass",
+            "{ratio}",
+            "Share of a token's gate mass lost by selection",
+            _MODEL,
+            _FRACS,
+        )
+        self.degraded_mass = _histogram(
+            "degraded_mass", "{ratio}",
+            "Share of a token's weights in a layer that was for missing experts, where some were",
+            _MODEL, _FRACS,
+        )  # fmt: skip
+        self.selection_error = _histogram(
+            "selection_error", "{ratio}", "Relative error of sampled layer calls", _MODEL,
+            _FRACS,
+        )  # fmt: skip
+        self.wanted_replicas = _level(
+            "wanted_replicas", "{replica}", "Replicas that the rule of scaling wants", _GROUP
+        )
+        self.ready_replicas = _level(
+            "ready_replicas", "{replica}", "Replicas that it counts on", _GROUP
+        )
+        self.scaling_changes = _counter(
+            "scaling_changes", "{change}", "Changes of the number wanted", ("group", "reason")
         )
         self.generated_tokens = _counter(
             "generated_tokens", "{token}", "Tokens generated for callers", _MODEL

@@ -112,11 +112,18 @@ class EmbeddedRedis:
         binary: what to start; default `find_server()`.
         port: a fixed port, or None for any free one.
         ready_s: how long the server may take until it answers PING.
+        password: what it asks for; it stands in files of this user's only, never in arguments.
     """
 
     def __init__(
-        self, binary: ServerBinary | None = None, *, port: int | None = None, ready_s: float = 15.0
+        self,
+        binary: ServerBinary | None = None,
+        *,
+        port: int | None = None,
+        ready_s: float = 15.0,
+        password: str | None = None,
     ) -> None:
+        self._password = password
         self.binary = binary or find_server()
         self.port = port or 0
         self._fixed_port = port
@@ -171,15 +178,32 @@ class EmbeddedRedis:
             else:
                 return
 
-    def _command(self) -> list[str]:
+    @property
+    def password_file(self) -> str | None:
+        """Holds the password, while the server runs."""
+        return None if self._password is None else str(self._file("password"))
+
+    def _file(self, name: str) -> Path:
         assert self._dir is not None
-        server = [str(self.binary.path), "--port", str(self.port), "--bind", "127.0.0.1"]
-        server += ["--save", "", "--appendonly", "no", "--dir", self._dir.name]
+        return Path(self._dir.name) / name
+
+    def _write_settings(self) -> None:
+        """Into the directory, which is this user's: arguments would be seen by everybody."""
+        lines = [f"port {self.port}", "bind 127.0.0.1", 'save ""', "appendonly no"]
+        lines.append(f'dir "{self._file("")}"')
+        if self._password is not None:
+            lines.append(f'requirepass "{self._password}"')
+            self._file("password").write_text(self._password, encoding="utf-8")
+        self._file("server.conf").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _command(self) -> list[str]:
+        server = [str(self.binary.path), str(self._file("server.conf"))]
         if sys.platform != "linux":
             return server
         return [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *server]
 
     async def _start(self) -> None:
+        self._write_settings()
         with self._log_path.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command(),
@@ -204,6 +228,9 @@ class EmbeddedRedis:
         except OSError:
             return False
         try:
+            if self._password is not None:
+                writer.write(f"AUTH {self._password}\r\n".encode())
+                await reader.readline()
             writer.write(b"PING\r\n")
             pong = await reader.readline()
         except OSError:
@@ -217,8 +244,7 @@ class EmbeddedRedis:
 
     @property
     def _log_path(self) -> Path:
-        assert self._dir is not None
-        return Path(self._dir.name) / "server.log"
+        return self._file("server.log")
 
     def _failure(self, what: str) -> Unavailable:
         tail = self._log_path.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip()

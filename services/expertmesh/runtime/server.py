@@ -13,10 +13,21 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES, server_options
-from expertmesh.runtime.errors import ConfigError, ExpertMeshError, InternalError
+from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES, NO_RETRY, server_options
+from expertmesh.runtime.errors import (
+    ConfigError,
+    ExpertMeshError,
+    ExpertUnavailable,
+    InternalError,
+)
+from expertmesh.runtime.security.guard import GuardInterceptor
+from expertmesh.runtime.security.requests import RequestInterceptor
+from expertmesh.runtime.security.server import ServerSecurity
 
 logger = logging.getLogger(__name__)
+
+LIVENESS = "liveness"
+"""What a health check asks for to learn whether the process answers at all, whoever is missing."""
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
@@ -29,35 +40,50 @@ def status_of(error: BaseException) -> status_pb2.Status:
     return InternalError("internal error; the cause is in the log of the server").to_status()
 
 
-async def _abort(error: Exception, context: Any) -> None:
+async def _abort(error: Exception, context: Any, *, is_final: bool) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    await context.abort_with_status(rpc_status.to_status(status_of(error)))
+    status = rpc_status.to_status(status_of(error))
+    if is_final and isinstance(error, ExpertUnavailable):
+        status = status._replace(trailing_metadata=(*status.trailing_metadata, NO_RETRY))
+    await context.abort_with_status(status)
 
 
-def _guard_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _guard_unary(
+    behavior: Callable[..., Awaitable[Any]], is_serving: Callable[[], bool]
+) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         try:
             return await behavior(request, context)
         except Exception as error:
-            return await _abort(error, context)
+            return await _abort(error, context, is_final=is_serving())
 
     return guarded
 
 
-def _guard_stream(behavior: Callable[..., Any]) -> Callable[..., Any]:
+def _guard_stream(
+    behavior: Callable[..., Any], is_serving: Callable[[], bool]
+) -> Callable[..., Any]:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
             async for response in behavior(request, context):
                 yield response
         except Exception as error:
-            await _abort(error, context)
+            await _abort(error, context, is_final=is_serving())
 
     return guarded
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns raised ExpertMeshErrors into statuses with details; see errors.py for the mapping."""
+    """Turns raised ExpertMeshErrors into statuses with details; see errors.py for the mapping.
+
+    Args:
+        is_serving: while it says no, clients may ask another server for what is unavailable here;
+            then they would hear the same there, only later.
+    """
+
+    def __init__(self, is_serving: Callable[[], bool] = lambda: True) -> None:
+        self._is_serving = is_serving
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -69,7 +95,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             behavior = getattr(handler, kind)
             if behavior is not None:
                 guard = _guard_stream if inspect.isasyncgenfunction(behavior) else _guard_unary
-                return handler._replace(**{kind: guard(behavior)})
+                return handler._replace(**{kind: guard(behavior, self._is_serving)})
         return handler
 
 
@@ -79,6 +105,8 @@ class MeshServer:
     Args:
         services: full names of the services added by `add`, for reflection and health.
         add: adds the servicers to the server.
+        max_request_bytes: of one request, if it is less than `max_message_bytes`.
+        security: certificate and guard; the default is plaintext for everybody, on loopback.
     """
 
     def __init__(
@@ -87,10 +115,20 @@ class MeshServer:
         add: Callable[[grpc.aio.Server], None],
         *,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        max_request_bytes: int | None = None,
+        security: ServerSecurity | None = None,
     ) -> None:
         self._services = services
+        self._is_serving = False
+        self._security = security or ServerSecurity()
+        guard = self._security.guard
         self._server = grpc.aio.server(
-            options=server_options(max_message_bytes), interceptors=[ErrorInterceptor()]
+            options=server_options(max_message_bytes, max_request_bytes),
+            interceptors=[
+                ErrorInterceptor(lambda: self._is_serving),
+                *([GuardInterceptor(guard)] if guard else []),
+                RequestInterceptor(),
+            ],
         )
         self._health = health.aio.HealthServicer()
         add(self._server)
@@ -106,18 +144,20 @@ class MeshServer:
             serving: whether health checks say SERVING from the start.
 
         Raises:
-            ConfigError: the address cannot be bound.
+            ConfigError: the address cannot be bound, or `security` does not let it.
         """
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{port}")
+            self.port = self._security.listen(self._server, host, port)
         except RuntimeError as error:
             message = f"cannot listen on {host}:{port}; is another process using the port?"
             raise ConfigError(message, field="port", address=f"{host}:{port}") from error
         await self._server.start()
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await (self.set_serving() if serving else self.set_not_serving())
         return self.port
 
     async def _set_health(self, status: Any) -> None:
+        self._is_serving = status == health_pb2.HealthCheckResponse.SERVING
         for name in ("", *self._services):
             await self._health.set(name, status)
 

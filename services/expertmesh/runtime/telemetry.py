@@ -1,132 +1,45 @@
 """Traces and metrics of a process: OpenTelemetry with an endpoint, next to nothing without.
 
 Write `with telemetry.span("router.dispatch", {"layer": 3}) as span:` anywhere; on the hottest
-paths, where even building the attributes counts, ask `if telemetry.enabled:` first. Trace context
-travels as one W3C `traceparent` string (https://www.w3.org/TR/trace-context/): in gRPC metadata for
-calls, in a message field on streams.
+paths, where even building the attributes counts, ask `if telemetry.enabled:` first.
 """
 
 import os
 import random
-import re
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
 from urllib.parse import urlsplit
 
 from opentelemetry import trace
-from opentelemetry.context import Context, attach, detach
-from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, Tracer
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.trace import Span, SpanKind, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from expertmesh.runtime.errors import ConfigError
 from expertmesh.runtime.metrics import Metrics
+from expertmesh.runtime.trace_context import (
+    NO_SPAN,
+    NoSpan,
+    Unsampled,
+    extract,
+    is_unsampled,
+    links_to,
+    sampled_first,
+    traceparent_in,
+)
 
-TRACEPARENT = "traceparent"
 Attributes = Mapping[str, AttributeValue]
-Metadata = tuple[tuple[str, str], ...]
 
-_W3C = TraceContextTextMapPropagator()
 _NO_ATTRIBUTES: Attributes = {}
-
-
-class _NoSpan:
-    """The span of a process that does not trace: shared, stateless, free of cost."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> Span:
-        return trace.INVALID_SPAN
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        return None
-
-
-class _Unsampled(NonRecordingSpan):
-    """A span that is not recorded but has a trace id, for the log and for callees: they record
-    nothing either. Made for every call, so what hardly anybody asks for is built when asked for.
-    """
-
-    def __init__(self, traceparent: str = "") -> None:
-        self._traceparent = traceparent
-
-    @property
-    def traceparent(self) -> str:
-        """Of the span it stands under, or of a trace that begins here."""
-        if not self._traceparent:
-            trace_id, span_id = random.getrandbits(128) or 1, random.getrandbits(64) or 1
-            self._traceparent = f"00-{trace_id:032x}-{span_id:016x}-00"
-        return self._traceparent
-
-    def get_span_context(self) -> SpanContext:
-        """Parsed from the traceparent."""
-        return trace.get_current_span(extract(self.traceparent)).get_span_context()
-
-    def __enter__(self) -> Span:
-        self._token = attach(trace.set_span_in_context(self, _NOWHERE))
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        detach(self._token)
-
-    def __repr__(self) -> str:
-        return f"_Unsampled({self.traceparent!r})"
-
-
-_NO_SPAN = _NoSpan()
-_NOWHERE = Context()
-_is_unsampled = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f][02468ace]").fullmatch
-
-
-def inject() -> str:
-    """The current span as a traceparent, or "" outside of a recorded trace."""
-    return _traceparent(None)
-
-
-def _traceparent(context: Context | None) -> str:
-    span = trace.get_current_span(context)
-    if isinstance(span, _Unsampled):
-        return span.traceparent
-    carrier: dict[str, str] = {}
-    _W3C.inject(carrier, context)
-    return carrier.get(TRACEPARENT, "")
-
-
-def extract(traceparent: str) -> Context:
-    """The context a traceparent stands for; an empty context if it is empty or malformed."""
-    return _W3C.extract({TRACEPARENT: traceparent})
-
-
-def call_metadata() -> Metadata:
-    """What a gRPC client adds to its metadata so that the callee's spans join its trace."""
-    traceparent = inject()
-    return ((TRACEPARENT, traceparent),) if traceparent else ()
-
-
-def traceparent_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
-    """The caller's traceparent from a servicer's `context.invocation_metadata()`, or ""."""
-    for key, value in metadata or ():
-        if key == TRACEPARENT and isinstance(value, str):
-            return value
-    return ""
+_BETWEEN_TRACES_S = 1.0
+"""At least, between the beginnings of two traces of a process that records a share of them."""
 
 
 class Telemetry:
     """Spans and metrics of one process; build it with `configure`."""
 
-    __slots__ = ("_sample_frac", "_shut_down", "_tracer", "enabled", "metrics")
+    __slots__ = ("_next_trace_s", "_sample_frac", "_shut_down", "_tracer", "enabled", "metrics")
 
     def __init__(
         self,
@@ -140,19 +53,35 @@ class Telemetry:
         """Whether spans go anywhere."""
         self._tracer = tracer
         self._sample_frac = sample_frac
+        self._next_trace_s = 0.0
         self._shut_down = shut_down
 
-    def _unsampled(self, parent: str) -> _Unsampled | None:
+    def _unsampled(self, parent: str) -> NoSpan | Unsampled | None:
         """What stands for a span that is not recorded: so says its parent, or the dice if its trace
         begins here."""
         if parent:
-            return _Unsampled(parent) if _is_unsampled(parent) else None
+            return Unsampled(parent) if is_unsampled(parent) else None
+        if not self._sample_frac:
+            return None if self.is_recording() else NO_SPAN
         current = trace.get_current_span()
-        if isinstance(current, _Unsampled):
-            return _Unsampled(current.traceparent)
+        if isinstance(current, Unsampled):
+            return NO_SPAN
         if current.get_span_context().is_valid or self._sample_frac >= 1:
             return None
-        return None if random.random() < self._sample_frac else _Unsampled()
+        sampled = random.random() < self._sample_frac and self._may_begin()
+        return None if sampled else Unsampled()
+
+    def _may_begin(self) -> bool:
+        """Whether a trace may begin now: recording one costs more than a layer call does."""
+        now_s = time.monotonic()
+        if now_s < self._next_trace_s:
+            return False
+        self._next_trace_s = now_s + _BETWEEN_TRACES_S
+        return True
+
+    def is_recording(self) -> bool:
+        """Whether the current span is recorded; a span below it would be, too."""
+        return self.enabled and trace.get_current_span().is_recording()
 
     def span(
         self,
@@ -172,9 +101,9 @@ class Telemetry:
             links: traceparents of related spans, such as the callers that share a batch.
         """
         if self._tracer is None:
-            return _NO_SPAN
+            return NO_SPAN
         if parent and links:
-            parent, links = _sampled_first(parent, links)
+            parent, links = sampled_first(parent, links)
         if unsampled := self._unsampled(parent):
             return unsampled
         return self._tracer.start_as_current_span(
@@ -182,20 +111,19 @@ class Telemetry:
             context=extract(parent) if parent else None,
             kind=kind,
             attributes=attributes,
-            links=_links(links),
+            links=links_to(links),
         )
 
     def start(self, name: str, *, kind: SpanKind = SpanKind.INTERNAL) -> tuple[Span, str]:
         """(a child of the current span, its traceparent); the caller ends it.
 
         For work that others do at the same time in the same task: it is nobody's current span.
+        Unless `is_recording`, nothing is recorded and the traceparent is "".
         """
-        if self._tracer is None:
+        if self._tracer is None or not self.is_recording():
             return trace.INVALID_SPAN, ""
-        if unsampled := self._unsampled(""):
-            return unsampled, unsampled.traceparent
         span = self._tracer.start_span(name, kind=kind)
-        return span, _traceparent(trace.set_span_in_context(span))
+        return span, traceparent_in(trace.set_span_in_context(span))
 
     def record(
         self,
@@ -218,7 +146,7 @@ class Telemetry:
             name,
             context=extract(parent) if parent else None,
             attributes=attributes,
-            links=_links(links),
+            links=links_to(links),
             start_time=start_ns,
         )
         span.end(end_ns)
@@ -228,22 +156,6 @@ class Telemetry:
         shut_down, self._shut_down = self._shut_down, None
         if shut_down is not None:
             shut_down(timeout_s)
-
-
-def _sampled_first(parent: str, links: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Work shared by several callers is recorded if one of them is; that one is its parent."""
-    if not _is_unsampled(parent):
-        return parent, links
-    others = [link for link in links if not _is_unsampled(link)]
-    return (others[0], others[1:]) if others else (parent, ())
-
-
-def _links(traceparents: Sequence[str]) -> list[Link] | None:
-    if not traceparents:
-        return None
-    spans = [trace.get_current_span(extract(traceparent)) for traceparent in traceparents]
-    contexts = [span.get_span_context() for span in spans]
-    return [Link(context) for context in contexts if context.is_valid]
 
 
 def configure(
@@ -261,7 +173,8 @@ def configure(
         otlp_endpoint: OTLP gRPC collector, "host:4317" (plain) or "https://host:4317"; None: no
             export.
         instance: tells processes of one service apart, such as a replica id; default host:pid.
-        sample_frac: share of traces recorded, decided where a trace begins.
+        sample_frac: share of traces recorded, decided where a trace begins; below 1 at most one a
+            second. 0 where none begins: only what a caller records is recorded.
         export_interval_s: longest time spans and metrics wait before they are sent.
 
     Raises:

@@ -16,6 +16,7 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 _ALIGNMENT_BYTES = 64  # what torch allocates at
+MAX_DIMS = 8
 
 TORCH_DTYPES: dict[int, torch.dtype] = {
     pb.DTYPE_FLOAT32: torch.float32,
@@ -61,7 +62,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU: whoever writes there changes the tensor."""
     if not tensor.numel():
         return memoryview(b"")
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    if not tensor.dim():
+        tensor = tensor.view(1)
+    return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
 def from_bytes(
@@ -104,7 +107,11 @@ def from_proto(message: pb.Tensor, field: str) -> torch.Tensor:
     """The tensor of a `Tensor` message, sharing its bytes.
 
     Raises:
-        InvalidInput: unknown dtype, or a length that does not fit the shape; names `field`.
+        InvalidInput: unknown dtype, a length that does not fit the shape, or more than MAX_DIMS
+            sizes; names `field`.
     """
+    if len(message.shape) > MAX_DIMS:  # the product of a million sizes takes minutes
+        got = f"{len(message.shape)} sizes"
+        raise InvalidInput.of(f"{field}.shape", expected=f"at most {MAX_DIMS} sizes", got=got)
     dtype = torch_dtype(message.dtype, f"{field}.dtype")
     return from_bytes(message.data, dtype, message.shape, f"{field}.data")

@@ -1,11 +1,14 @@
 """What the processes need to know of a checkpoint before they build anything from it."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from expertmesh.services.settings import MeshSettings
+
+if TYPE_CHECKING:  # the name of a model is asked for by processes without torch
+    import torch
 
 
 def model_name(settings: MeshSettings) -> str:
@@ -17,11 +20,15 @@ def model_dtype(name: str, config: Any) -> torch.dtype:
     """The dtype called `name`; "auto" is the checkpoint's own, float32 if it does not say."""
     if name != "auto":
         return _by_name(name)
+    import torch
+
     own = config.get_text_config().dtype or config.dtype or torch.float32
     return own if isinstance(own, torch.dtype) else _by_name(own)
 
 
 def _by_name(name: str) -> torch.dtype:
+    import torch
+
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -7,16 +7,42 @@ from importlib.metadata import version
 
 from expertmesh.runtime.errors import ExpertMeshError
 from expertmesh.services.commands import (
+    controller,
+    demo,
+    explain,
+    gateway,
+    generate,
+    inspect,
+    k8s,
+    parity,
+    plan,
+    router,
+    scale,
+    scaling,
+    serve,
+    simulate,
+    status,
+    token,
+)
+
+COMMANDS = (
+    serve,
     demo,
     generate,
     inspect,
+    plan,
+    simulate,
+    status,
+    scaling,
+    scale,
+    explain,
     parity,
     router,
-    serve,
-    status,
+    gateway,
+    controller,
+    token,
+    k8s,
 )
-
-COMMANDS = (serve, demo, generate, inspect, status, parity, router)
 USER_ERROR = 2
 INTERRUPTED = 130
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from expertmesh.client.generate import Client
 from expertmesh.services.local import Endpoints, local_mesh
-from expertmesh.services.parity import compare, load_reference, pad_left, print_verdict
 from expertmesh.services.settings import MeshSettings
 from expertmesh.services.signals import forever
 from expertmesh.services.status import MeshView
@@ -25,10 +23,16 @@ Usage = Mapping[int, list[int]]
 """Layer -> rows of each expert."""
 
 
-async def run_demo(settings: MeshSettings, progress: Callable[[str], None], *, keep: bool) -> int:
+async def run_demo(
+    settings: MeshSettings,
+    progress: Callable[[str], None],
+    *,
+    keep: bool,
+    token_file: str | None = None,
+) -> int:
     """Exit code 0 only if logits and tokens equal transformers'."""
     console = Console(highlight=False)
-    async with local_mesh(settings, progress) as endpoints:
+    async with local_mesh(settings, progress, token_file) as endpoints:
         prompts = _prompts(Path(settings.model))
         used = {
             domain: await asyncio.to_thread(_generate, console, domain, prompt, endpoints)
@@ -56,7 +60,8 @@ def _prompts(model_dir: Path) -> dict[str, str]:
 def _generate(console: Console, domain: str, prompt: str, endpoints: Endpoints) -> Usage:
     """Stream one answer to the console; returns the experts it used."""
     console.print(f"\n[bold]{domain}[/]")
-    with MeshView(endpoints.gateway) as view, Client(endpoints.gateway) as client:
+    access = endpoints.access
+    with MeshView(endpoints.gateway, access) as view, Client(endpoints.gateway, access) as client:
         before, started_s = _usage(view.usage()), time.monotonic()
         console.print(prompt, end="", style="dim", markup=False)
         num_tokens = 0
@@ -94,6 +99,11 @@ def _busiest(rows: list[int], num_shown: int = 3) -> str:
 
 
 def _compare(settings: MeshSettings, endpoints: Endpoints, texts: list[str]) -> bool:
+    # only now: the mesh starts seconds earlier without them
+    from transformers import AutoTokenizer
+
+    from expertmesh.services.parity import compare, load_reference, pad_left, print_verdict
+
     tokenizer = AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
     prompts = pad_left([tokenizer.encode(text) for text in texts], tokenizer.pad_token_id or 0)
     return print_verdict(compare(load_reference(settings), settings, endpoints, prompts))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from expertmesh.experts.assignment import experts_by_layer, split_evenly
 from expertmesh.experts.inspection import CheckpointReport, inspect_checkpoint
-from expertmesh.experts.sizing import format_bytes, group_bytes, min_num_groups
+from expertmesh.experts.sizing import HEADROOM_FRAC, format_bytes, group_bytes, min_num_groups
 from expertmesh.router.families import routing_spec
 from expertmesh.runtime.errors import ExpertMeshError
 from expertmesh.runtime.hf_config import load_config
@@ -24,8 +24,6 @@ DEVICES: Mapping[str, int] = {
     "A100 / H100 (80 GB)": 80 * 10**9,
     "H200 (141 GB)": 141 * 10**9,
 }
-HEADROOM_FRAC = 0.1
-"""Share of a device's memory left for activations, the CUDA context and other processes."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from expertmesh.client.failures import error_of
 from expertmesh.client.generate import Client
 from expertmesh.client.router import RouterClient
 from expertmesh.client.skeleton import load_skeleton
-from expertmesh.runtime.channels import channel_options
+from expertmesh.runtime.channels import connect_blocking
 from expertmesh.runtime.hf_config import load_config
+from expertmesh.runtime.security.access import PLAIN, Access
 from expertmesh.runtime.tensors import from_proto, to_proto
 from expertmesh.services.checkpoints import model_dtype
 from expertmesh.services.local import Endpoints, local_mesh
@@ -86,9 +87,9 @@ def compare(
 ) -> list[Check]:
     """Every comparison of a running mesh with `reference`."""
     return [
-        _logits_of_gateway(reference, endpoints.gateway, prompts),
-        *_generation_through_router(reference, settings, endpoints.router, prompts),
-        _tokens_of_gateway(reference, endpoints.gateway, prompts),
+        _logits_of_gateway(reference, endpoints, prompts),
+        *_generation_through_router(reference, settings, endpoints, prompts),
+        _tokens_of_gateway(reference, endpoints, prompts),
     ]
 
 
@@ -104,21 +105,22 @@ def _difference(what: str, expected: torch.Tensor, got: torch.Tensor) -> Check:
 
 
 @torch.no_grad()
-def _logits_of_gateway(reference: Any, gateway: str, prompts: PaddedPrompts) -> Check:
+def _logits_of_gateway(reference: Any, endpoints: Endpoints, prompts: PaddedPrompts) -> Check:
     expected_BSV = reference(prompts.tokens_BS, attention_mask=prompts.mask_BS).logits
-    got_BSV = score(gateway, prompts)
+    got_BSV = score(endpoints.gateway, prompts, endpoints.access)
     size = list(prompts.tokens_BS.shape)
     return _difference(f"logits of {size} left-padded tokens, gateway", expected_BSV, got_BSV)
 
 
-def score(gateway: str, prompts: PaddedPrompts) -> torch.Tensor:
+def score(gateway: str, prompts: PaddedPrompts, access: Access = PLAIN) -> torch.Tensor:
     """Logits [B, S, V] as the gateway computes them."""
     request = generate_pb2.ScoreRequest(
         tokens=to_proto(prompts.tokens_BS), mask=to_proto(prompts.mask_BS)
     )
-    with grpc.insecure_channel(gateway, options=channel_options()) as channel:
+    with connect_blocking(gateway, access) as channel:
         try:
-            reply = generate_pb2_grpc.GenerateServiceStub(channel).Score(request)
+            stub = generate_pb2_grpc.GenerateServiceStub(channel)
+            reply = stub.Score(request, metadata=access.metadata())
         except grpc.RpcError as failure:
             raise error_of(failure) from None
     return from_proto(reply.logits, "logits")
@@ -150,9 +152,9 @@ def generate_greedy(model: Any, prompts: PaddedPrompts) -> Greedy:
 
 
 def _generation_through_router(
-    reference: Any, settings: MeshSettings, router: str, prompts: PaddedPrompts
+    reference: Any, settings: MeshSettings, endpoints: Endpoints, prompts: PaddedPrompts
 ) -> list[Check]:
-    with RouterClient(router) as caller:
+    with RouterClient(endpoints.router, access=endpoints.access) as caller:
         skeleton = load_skeleton(settings.model, caller, dtype=reference.dtype)
         expected, got = generate_greedy(reference, prompts), generate_greedy(skeleton, prompts)
     tokens = f"{list(expected.tokens_BN.shape)} greedy tokens, transformers over router"
@@ -163,9 +165,9 @@ def _generation_through_router(
     ]
 
 
-def _tokens_of_gateway(reference: Any, gateway: str, prompts: PaddedPrompts) -> Check:
+def _tokens_of_gateway(reference: Any, endpoints: Endpoints, prompts: PaddedPrompts) -> Check:
     expected, got = [], []
-    with Client(gateway) as client:
+    with Client(endpoints.gateway, endpoints.access) as client:
         for prompt in prompts.rows():
             alone = pad_left([prompt], pad_id=0)
             expected.append(generate_greedy(reference, alone).tokens_BN[0])
@@ -183,9 +185,11 @@ def print_verdict(checks: Sequence[Check]) -> bool:
     return all(check.equal for check in checks)
 
 
-async def run_parity(settings: MeshSettings, progress: Callable[[str], None]) -> int:
+async def run_parity(
+    settings: MeshSettings, progress: Callable[[str], None], token_file: str | None = None
+) -> int:
     """Serve the checkpoint, compare, stop. Exit code 0 only if everything is equal."""
-    async with local_mesh(settings, progress) as endpoints:
+    async with local_mesh(settings, progress, token_file) as endpoints:
         progress("loading the same checkpoint into this process as the reference")
         reference = await asyncio.to_thread(load_reference, settings)
         prompts = random_prompts(reference.config.get_text_config().vocab_size)

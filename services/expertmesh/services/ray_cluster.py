@@ -9,11 +9,12 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from expertmesh.runtime.errors import ExpertMeshError, Unavailable
+from expertmesh.runtime.imports import collector_paused
 
 Progress = Callable[[str], None]
 
@@ -25,6 +26,7 @@ _QUIET = {
 _LOGICAL_CPUS = 64  # replicas reserve none by default; Ray's own actors need some
 _OBJECT_STORE_BYTES = 80 << 20  # nothing of ours goes through it
 _POLL_S = 0.1
+_RUNNING_POLL_S = 0.3  # asking takes 30 ms of the CPU that replicas need to start
 _STOP_TIMEOUT_S = 40.0  # longer than a replica may drain
 
 
@@ -38,8 +40,9 @@ def ray_cluster(host: str = "127.0.0.1") -> Iterator[None]:
     os.environ.update({**_QUIET, **os.environ})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import ray
-        from ray import serve
+        with collector_paused():
+            import ray
+            from ray import serve
 
         ray.init(
             address="local",
@@ -65,17 +68,24 @@ def _delete_applications() -> None:
     _wait_gone(lambda applications: not applications)
 
 
-async def remove_application(config: Mapping[str, Any], name: str) -> None:
-    """Deploy `config` without one application and wait until that has drained and gone."""
+async def remove_application(config: Mapping[str, Any], name: str, drain_s: float) -> None:
+    """Deploy `config` without one application and wait until that has drained and gone.
+
+    Args:
+        drain_s: how long its running calls may take.
+    """
     others = [app for app in config["applications"] if app["name"] != name]
     deploy({**config, "applications": others})
-    await asyncio.to_thread(_wait_gone, lambda applications: name not in applications)
+    gone = lambda applications: name not in applications  # noqa: E731
+    await asyncio.to_thread(_wait_gone, gone, _STOP_TIMEOUT_S + drain_s)
 
 
-def _wait_gone(gone: Callable[[Mapping[str, Any]], bool]) -> None:
+def _wait_gone(
+    gone: Callable[[Mapping[str, Any]], bool], timeout_s: float = _STOP_TIMEOUT_S
+) -> None:
     from ray import serve
 
-    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    deadline_s = time.monotonic() + timeout_s
     while not gone(serve.status().applications) and time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
 
@@ -92,8 +102,39 @@ def deploy(config: Mapping[str, Any]) -> None:
         client.deploy_apps(ServeDeploySchema.model_validate(dict(config)))
 
 
+def only(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The config with some of its applications, in that order."""
+    applications = {app["name"]: app for app in config["applications"]}
+    return {**config, "applications": [applications[name] for name in names]}
+
+
+async def wait_built(name: str, timeout_s: float) -> None:
+    """Until Serve starts the application's replicas, or has given up on it."""
+    from ray import serve
+
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        status = (await asyncio.to_thread(serve.status)).applications.get(name)
+        if status and (status.deployments or status.status == "DEPLOY_FAILED"):
+            return
+        await asyncio.sleep(_POLL_S)
+
+
 async def wait_running(names: list[str], timeout_s: float, progress: Progress) -> None:
-    """Until every named application is RUNNING.
+    """Until every named application is RUNNING. Raises as `as_running` does."""
+    num_running = 0
+    async for name in as_running(names, timeout_s):
+        num_running += 1
+        progress(f"{name} is running ({num_running} of {len(names)})")
+
+
+async def as_running(
+    names: list[str], timeout_s: float, served: "asyncio.Task[None] | None" = None
+) -> AsyncIterator[str]:
+    """Each of the named applications as it is found RUNNING, until all are.
+
+    Args:
+        served: when it is done, all of them are known to run, before Serve says so.
 
     Raises:
         DeployFailed: one of them cannot start; says why.
@@ -113,10 +154,17 @@ async def wait_running(names: list[str], timeout_s: float, progress: Progress) -
                 raise DeployFailed(f"{name}: {_cause(status)}", application=name)
             if status.status == "RUNNING":
                 running.add(name)
-                progress(f"{name} is running ({len(running)} of {len(names)})")
+                yield name
         if len(running) == len(names):
             return
-        await asyncio.sleep(_POLL_S)
+        if served is None:
+            await asyncio.sleep(_RUNNING_POLL_S)
+        elif (await asyncio.wait([served], timeout=_RUNNING_POLL_S))[0]:
+            served.result()
+            for name in names:
+                if name not in running:
+                    yield name
+            return
     missing = ", ".join(sorted(set(names) - running))
     raise Unavailable(f"not running after {timeout_s:.0f} s: {missing}; see Ray's logs")
 

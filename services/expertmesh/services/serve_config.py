@@ -6,42 +6,51 @@ because Serve restarts all replicas of an application whose args or import path 
 
 from typing import Any
 
-from expertmesh.experts.assignment import split_evenly
 from expertmesh.experts.deployment import ExpertGroupArgs
+from expertmesh.experts.live_config import GroupScaling, LiveConfig
 from expertmesh.runtime.config import Settings
-from expertmesh.services.gateway.deployment import GatewayArgs
-from expertmesh.services.settings import MeshSettings
+from expertmesh.services.gateway.args import GatewayArgs
+from expertmesh.services.pools import group_replicas, planned_groups
+from expertmesh.services.settings import ExpertsSettings, MeshSettings
 
 EXPERTS_IMPORT_PATH = "expertmesh.experts.deployment:build"
 GATEWAY_IMPORT_PATH = "expertmesh.services.gateway.deployment:build"
+POLICY_PATH = "expertmesh.experts.scaling_policy:ScalingPolicy"
 GATEWAY_APP = "gateway"
-
-
-def group_names(num_groups: int) -> list[str]:
-    """g0, g1, ..."""
-    return [f"g{index}" for index in range(num_groups)]
+_REPORTS_KEPT = 4
+SERVE_HTTP_PORT = 8000
 
 
 def group_args(
     settings: MeshSettings, model: str, redis_url: str, num_experts: int
 ) -> list[ExpertGroupArgs]:
-    """One group after the other, each with an equal share of every layer's experts."""
+    """One group after the other, each with an equal share of its pool's experts."""
     experts = settings.experts
-    ranges = split_evenly(num_experts, experts.groups)
     return [
         ExpertGroupArgs(
-            group=group,
+            group=group.name,
             model_dir=settings.model,
             model=model,
-            experts=ids,
+            experts=group.experts,
             redis_url=redis_url,
+            redis_secrets=settings.redis.secrets(),
             mesh=settings.mesh,
             dtype=settings.dtype,
             device=experts.device,
-            num_gpus=experts.num_gpus,
+            num_gpus=group.num_gpus,
             num_cpus=experts.num_cpus,
+            label_selector=group.label_selector,
             threads=experts.threads,
+            device_memory_bytes=experts.device_memory_bytes,
+            host_memory_bytes=experts.host_memory_bytes,
+            guest_memory_bytes=experts.guest_memory_bytes,
+            prefetch=experts.prefetch,
+            simulated_load_bytes_per_s=experts.simulated_load_bytes_per_s,
             host=experts.host,
+            ports=experts.ports,
+            tls=settings.security.tls,
+            insecure=settings.security.insecure,
+            local_socket=experts.local_socket,
             deterministic=settings.deterministic,
             reject_nonfinite=experts.reject_nonfinite,
             max_message_bytes=settings.max_message_bytes,
@@ -50,47 +59,89 @@ def group_args(
             otlp_endpoint=settings.otlp_endpoint,
             log_level=settings.log_level,
         )
-        for group, ids in zip(group_names(experts.groups), ranges, strict=True)
+        for group in planned_groups(experts, num_experts)
     ]
-
-
-def gateway_args(settings: MeshSettings, model: str, redis_url: str) -> GatewayArgs:
-    """The gateway of the same mesh."""
-    return GatewayArgs(
-        model_dir=settings.model,
-        model=model,
-        redis_url=redis_url,
-        mesh=settings.mesh,
-        dtype=settings.dtype,
-        deterministic=settings.deterministic,
-        max_message_bytes=settings.max_message_bytes,
-        otlp_endpoint=settings.otlp_endpoint,
-        trace_sample_frac=settings.trace_sample_frac,
-        log_level=settings.log_level,
-        **settings.gateway.model_dump(),
-    )
 
 
 def serve_config(
     settings: MeshSettings, groups: list[ExpertGroupArgs], gateway: GatewayArgs
 ) -> dict[str, Any]:
     """The document; applications not in it are deleted when it is deployed."""
-    # not in args: a change of these restarts nothing
-    scaled = {
-        "num_replicas": settings.experts.replicas,
-        "user_config": settings.experts.limits.model_dump(),
+    own = application(GATEWAY_APP, GATEWAY_IMPORT_PATH, gateway, [])
+    applications = [*group_applications(settings, groups), own]
+    return {"proxy_location": "Disabled", "applications": applications}
+
+
+def ray_service_config(settings: MeshSettings, groups: list[ExpertGroupArgs]) -> dict[str, Any]:
+    """The document of a RayService: the groups, and the HTTP proxies that KubeRay probes.
+
+    A worker Pod gets ready when its proxy knows a route and has a replica to send it to. Nothing of
+    ours goes that way.
+    """
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": SERVE_HTTP_PORT},
+        "applications": [
+            app
+            | {"route_prefix": f"/{args.group}"}
+            | {"args": args.model_dump(mode="json", exclude_defaults=True)}
+            for app, args in zip(group_applications(settings, groups), groups, strict=True)
+        ],
     }
-    applications = [
+
+
+def group_applications(
+    settings: MeshSettings, groups: list[ExpertGroupArgs]
+) -> list[dict[str, Any]]:
+    """The applications of all groups, without routes."""
+    experts = settings.experts
+    return [
         application(
             args.group,
             EXPERTS_IMPORT_PATH,
             args,
-            [{"name": args.group, **scaled}],
+            [{"name": args.group, **replicas_of(experts, args, num)}],
         )
-        for args in groups
+        for args, num in zip(groups, group_replicas(experts), strict=True)
     ]
-    own = application(GATEWAY_APP, GATEWAY_IMPORT_PATH, gateway, [])
-    return {"proxy_location": "Disabled", "applications": [*applications, own]}
+
+
+def replicas_of(experts: ExpertsSettings, args: ExpertGroupArgs, num: int) -> dict[str, Any]:
+    """How many replicas, and what may change while they run: not in args, so that a change restarts
+    nothing (but for switching scaling on or off).
+
+    Args:
+        num: replicas of the group, as configured.
+    """
+    rule = experts.scaling
+    if rule.mode == "off":
+        return {"num_replicas": num, "user_config": experts.limits.model_dump()}
+    own = {name: value for name, value in rule.model_dump().items() if name != "sample_s"}
+    live = LiveConfig(**experts.limits.model_dump(), scaling=GroupScaling(**own))
+    advised = rule.mode == "advisory"
+    return {
+        "autoscaling_config": {
+            # in advisory mode Serve itself sees to it that nothing changes
+            "min_replicas": num if advised else rule.min_replicas,
+            "max_replicas": num if advised else rule.max_replicas,
+            "metrics_interval_s": rule.sample_s,
+            "look_back_period_s": _REPORTS_KEPT * rule.sample_s,
+            "upscale_delay_s": 0.0,  # the rule has windows of its own
+            "downscale_delay_s": 0.0,
+            "policy": {
+                "policy_function": POLICY_PATH,
+                "policy_kwargs": {
+                    "group": args.group,
+                    "mesh": args.mesh,
+                    "redis_url": args.redis_url,
+                    "redis_secrets": args.redis_secrets.model_dump(),
+                    "otlp_endpoint": args.otlp_endpoint,
+                    "num_gpus": args.num_gpus,
+                },
+            },
+        },
+        "user_config": live.model_dump(),
+    }
 
 
 def application(

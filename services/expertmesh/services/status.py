@@ -11,6 +11,8 @@ from rich.table import Table
 from expertmesh.client.failures import error_of
 from expertmesh.experts.assignment import format_ids
 from expertmesh.experts.sizing import format_bytes
+from expertmesh.runtime.channels import connect_blocking
+from expertmesh.runtime.security.access import PLAIN, Access
 from expertmesh.v1 import control_pb2, control_pb2_grpc
 
 _TIMEOUT_S = 5.0
@@ -20,8 +22,9 @@ _BOX = box.SIMPLE_HEAD
 class MeshView:
     """A connection to one router's or gateway's ControlService."""
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.insecure_channel(target)
+    def __init__(self, target: str, access: Access = PLAIN) -> None:
+        self._access = access
+        self._channel = connect_blocking(target, access)
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -42,7 +45,11 @@ class MeshView:
             Unavailable: nobody answers at the target.
         """
         try:
-            return self._stub.GetSnapshot(control_pb2.GetSnapshotRequest(), timeout=_TIMEOUT_S)
+            return self._stub.GetSnapshot(
+                control_pb2.GetSnapshotRequest(),
+                timeout=_TIMEOUT_S,
+                metadata=self._access.metadata(),
+            )
         except grpc.RpcError as failure:
             raise error_of(failure) from None
 
@@ -50,8 +57,45 @@ class MeshView:
         """Rows routed to each expert since the process started."""
         try:
             return self._stub.GetExpertUsage(
-                control_pb2.GetExpertUsageRequest(), timeout=_TIMEOUT_S
+                control_pb2.GetExpertUsageRequest(),
+                timeout=_TIMEOUT_S,
+                metadata=self._access.metadata(),
             )
+        except grpc.RpcError as failure:
+            raise error_of(failure) from None
+
+    def scaling(self) -> control_pb2.GetScalingResponse:
+        """The newest decision on each group that is scaled."""
+        try:
+            return self._stub.GetScaling(
+                control_pb2.GetScalingRequest(),
+                timeout=_TIMEOUT_S,
+                metadata=self._access.metadata(),
+            )
+        except grpc.RpcError as failure:
+            raise error_of(failure) from None
+
+    def set_replicas(self, group: str, replicas: int, for_s: float) -> None:
+        """Have a group keep so many replicas for so long.
+
+        Raises:
+            InvalidInput: no such group is scaled, or a number outside of its bounds.
+        """
+        request = control_pb2.SetReplicasRequest(
+            group=group, replicas=replicas, for_ms=min(int(for_s * 1e3), 2**32 - 1)
+        )
+        try:
+            self._stub.SetReplicas(request, timeout=_TIMEOUT_S, metadata=self._access.metadata())
+        except grpc.RpcError as failure:
+            raise error_of(failure) from None
+
+    def release_replicas(self, group: str) -> bool:
+        """Take back what was set by hand; whether something was."""
+        request = control_pb2.ReleaseReplicasRequest(group=group)
+        try:
+            metadata = self._access.metadata()
+            reply = self._stub.ReleaseReplicas(request, timeout=_TIMEOUT_S, metadata=metadata)
+            return bool(reply.was_set)
         except grpc.RpcError as failure:
             raise error_of(failure) from None
 
@@ -64,10 +108,20 @@ def table(snapshot: control_pb2.GetSnapshotResponse) -> Table:
         f"(heard {snapshot.redis_age_ms / 1e3:.1f} s ago)"
     )
     columns = ("group", "replica", "state", "experts", "weights", "device memory free")
-    shown = Table(*columns, "busy", "queued", "us/row", "done", "heard", title=title, box=_BOX)
+    numbers = ("busy", "queued", "us/row", "done", "heard")
+    shown = Table(*columns, *numbers, title=title, caption=_missing(snapshot), box=_BOX)
     for view in snapshot.replicas:
         shown.add_row(*map(escape, _row(view)))
     return shown
+
+
+def _missing(snapshot: control_pb2.GetSnapshotResponse) -> str | None:
+    """What no replica takes work for, layers with the same gaps together."""
+    layers: dict[str, list[int]] = {}
+    for own in snapshot.missing:
+        layers.setdefault(format_ids(own.experts), []).append(own.layer)
+    gaps = [f"experts {ids} of layers {format_ids(own)}" for ids, own in layers.items()]
+    return f"MISSING, no live replica: {'; '.join(gaps)}" if gaps else None
 
 
 def _row(view: control_pb2.ReplicaView) -> list[str]:
@@ -80,7 +134,7 @@ def _row(view: control_pb2.ReplicaView) -> list[str]:
         state.replica,
         f"aside: {view.set_aside}" if view.set_aside else name,
         _experts(state),
-        format_bytes(state.weight_bytes),
+        _weights(state),
         f"{device.kind} {free}",
         f"{device.utilisation_frac:.0%}",
         str(state.load.queued_rows),
@@ -88,6 +142,14 @@ def _row(view: control_pb2.ReplicaView) -> list[str]:
         str(state.load.done_rows),
         f"{view.age_ms / 1e3:.1f} s",
     ]
+
+
+def _weights(state: control_pb2.ReplicaState) -> str:
+    """Of all experts, and of those on the device if that is not all."""
+    all_of_them = format_bytes(state.weight_bytes)
+    if not state.HasField("residency"):
+        return all_of_them
+    return f"{format_bytes(state.residency.resident_bytes)} of {all_of_them}"
 
 
 def _experts(state: control_pb2.ReplicaState) -> str:

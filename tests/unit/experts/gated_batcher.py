@@ -10,8 +10,8 @@ import torch
 from tests.fakes import FakeClock
 from tests.waiting import until
 
-from expertmesh.experts.batch import PackedRows
-from expertmesh.experts.batcher import Computed, MicroBatcher
+from expertmesh.experts.batch import Computed, PackedRows
+from expertmesh.experts.batcher import MicroBatcher
 from expertmesh.experts.limits import BatchLimits
 
 GATE_TIMEOUT_S = 20.0

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from expertmesh.experts.admission import Holding, admit
+from expertmesh.experts.admission import Holding, RowMemory, admit
 from expertmesh.experts.batch import PackedRows
 from expertmesh.runtime.errors import (
     ExpertMeshError,
@@ -14,7 +14,7 @@ from expertmesh.runtime.errors import (
     UnknownExpert,
     UnknownModel,
 )
-from expertmesh.runtime.tensors import to_bytes
+from expertmesh.runtime.tensors import bytes_of, to_bytes
 from expertmesh.v1 import expert_pb2, tensor_pb2
 
 HOLDING = Holding(
@@ -126,3 +126,18 @@ def test_an_unknown_expert_tells_programs_which() -> None:
     with pytest.raises(UnknownExpert) as caught:
         ask(layer=3, experts=[0, 2])
     assert caught.value.fields == {"layer": "3", "expert": "2"}
+
+
+def test_few_rows_share_memory_and_many_do_not() -> None:
+    memory = RowMemory()
+    for num_rows in (1, 3, 1, 9, 3):
+        rows_RD = torch.randn(num_rows, 4)
+        payload = memoryview(bytes(bytes_of(rows_RD)))
+        own_RD = memory.rows(payload, torch.float32, (num_rows, 4), "rows")
+        assert torch.equal(own_RD, rows_RD)
+        if num_rows <= 8:
+            again_RD = memory.rows(payload, torch.float32, (num_rows, 4), "rows")
+            assert again_RD.data_ptr() == own_RD.data_ptr()
+            assert own_RD.data_ptr() % 64 == 0, "as products like it"
+    with pytest.raises(InvalidInput, match="rows: expected 16 bytes for float32"):
+        memory.rows(memoryview(b"short"), torch.float32, (1, 4), "rows")

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.unit.experts.gated_batcher import rows_of
 from expertmesh.experts.batch import PackedRows
 from expertmesh.experts.batcher import MicroBatcher
 from expertmesh.experts.limits import BatchLimits
-from expertmesh.runtime.errors import InternalError, QueueFull
+from expertmesh.runtime.errors import InternalError, QueueFull, WeightsUnavailable
 
 Compute = Callable[[PackedRows], torch.Tensor]
 MILLISECOND_S = 1e-3
@@ -91,3 +91,33 @@ async def test_bounds_and_errors_are_the_same_as_through_the_queue() -> None:
         with pytest.raises(InternalError, match="the batch failed"):
             await batcher.submit(rows_of({0: 1}, layer=3))
         await batcher.submit(rows_of({0: 1}))
+
+
+async def test_what_must_wait_for_weights_goes_to_the_thread() -> None:
+    device, ready = Device(), {0}
+
+    def is_ready(layer: int, experts: Sequence[int]) -> bool:
+        return ready.issuperset(experts)
+
+    batcher = MicroBatcher(device, BatchLimits(), time.monotonic, is_ready=is_ready)
+    batcher.stats.observe(1, 0.0, 1e-6)
+    async with batcher:
+        await batcher.submit(rows_of({0: 1}))
+        await batcher.submit(rows_of({0: 1, 5: 1}))
+        ready.add(5)
+        await batcher.submit(rows_of({0: 1, 5: 1}))
+    loop = threading.get_ident()
+    assert [thread == loop for thread in device.threads] == [True, False, True]
+
+
+async def test_errors_meant_for_callers_reach_them() -> None:
+    def fails(rows: PackedRows) -> torch.Tensor:
+        raise WeightsUnavailable("layer 0, expert 0: no memory")
+
+    batcher = MicroBatcher(fails, BatchLimits(), time.monotonic)
+    async with batcher:
+        with pytest.raises(WeightsUnavailable, match="no memory"):
+            await batcher.submit(rows_of({0: 1}))
+        batcher.stats.observe(1, 0.0, 1e-6)
+        with pytest.raises(WeightsUnavailable, match="no memory"):
+            await batcher.submit(rows_of({0: 1}))

@@ -33,7 +33,7 @@ def test_the_build_module_needs_no_torch() -> None:
 
 def test_five_fields_make_a_group() -> None:
     args = validate(ExpertGroupArgs, NEEDED)
-    assert (args.num_gpus, args.port, args.host) == (0.0, 0, "")
+    assert (args.num_gpus, args.ports, args.host) == (0.0, "", "")
     for name in NEEDED:
         with pytest.raises(ConfigError, match=f"^{name}: Field required"):
             validate(ExpertGroupArgs, {key: value for key, value in NEEDED.items() if key != name})
@@ -53,7 +53,7 @@ def test_ids_by_layer_survive_json() -> None:
         ({"num_replicas": 2}, "num_replicas: no such field"),
         ({"num_gpus": -0.5}, "num_gpus: .* greater than or equal to 0"),
         ({"threads": 0}, "threads: .* greater than 0"),
-        ({"port": -1}, "port: .* greater than or equal to 0"),
+        ({"ports": "0"}, 'ports: .* expected ports like "20000-20015"'),
         ({"max_message_bytes": 0}, "max_message_bytes: .* greater than or equal to 1"),
         ({"heartbeat_s": 0}, "heartbeat_s: .* greater than 0"),
         ({"lease_s": 1000}, "lease_s: .* less than or equal to 600"),
@@ -87,6 +87,10 @@ def test_the_application_is_one_deployment_named_like_its_group() -> None:
     deployment = build(args)._bound_deployment
     assert deployment.name == "g0"
     assert getattr(deployment.func_or_class, "__name__", "") == ExpertGroup.__name__
-    assert deployment.ray_actor_options == {"num_gpus": 0.25, "num_cpus": 2.0}
+    assert deployment.ray_actor_options == {
+        "num_gpus": 0.25,
+        "num_cpus": 2.0,
+        "label_selector": {},
+    }
     assert deployment.user_config == BatchLimits().model_dump()
     assert deployment.init_args == (args,)

@@ -21,13 +21,9 @@ from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
 from expertmesh.experts.expert_spec import ACTIVATIONS, SUPPORTED_MODEL_TYPES, ExpertSpec
-from expertmesh.experts.ffn import (
-    _ACTIVATIONS,
-    ExpertFFN,
-    grouped_product,
-    looped_product,
-)
+from expertmesh.experts.ffn import _ACTIVATIONS, ExpertFFN
 from expertmesh.experts.reader import ExpertReader
+from expertmesh.experts.stack import grouped_product, looped_product
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import UnknownExpert, UnsupportedCheckpoint
 
@@ -124,15 +120,16 @@ def test_kernel_and_loop_agree(family_path: Path, dtype: torch.dtype) -> None:
     ffn = load_ffn(family_path, layer, dtype)
     rows_RD = torch.randn(9, ffn.shape.hidden_size).to(dtype)
     looped = ffn.forward(rows_RD, [1, 4, 6], [2, 6, 1])
-    ffn.grouped = True
+    ffn.stack.grouped = True
     assert torch.equal(ffn.forward(rows_RD, [1, 4, 6], [2, 6, 1]), looped)
 
 
 def test_products_skip_slots_without_rows() -> None:
     weights_SIO, rows_RI = torch.randn(6, 8, 16), torch.randn(5, 8)
     expected = torch.cat([rows_RI[:2] @ weights_SIO[1], rows_RI[2:] @ weights_SIO[4]])
-    for product in (looped_product, grouped_product):
-        assert torch.equal(product(rows_RI, weights_SIO, [1, 4], [2, 3]), expected)
+    looped = looped_product(rows_RI, weights_SIO.unbind(), [1, 4], [2, 3])
+    assert torch.equal(looped, expected)
+    assert torch.equal(grouped_product(rows_RI, weights_SIO, [1, 4], [2, 3]), expected)
 
 
 def test_holds_some_experts_and_only_those(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from expertmesh.experts.inspection import inspect_checkpoint
 from expertmesh.experts.sizing import (
     bytes_by_group,
     check_fits,
+    device_budget,
     format_bytes,
     group_bytes,
     largest_group_bytes,
     min_num_groups,
 )
-from expertmesh.runtime.errors import InsufficientMemory, UnsupportedCheckpoint
+from expertmesh.runtime.errors import ConfigError, InsufficientMemory, UnsupportedCheckpoint
 
 GIB = 2**30
 
@@ -46,6 +47,41 @@ def test_what_fits_and_what_does_not() -> None:
     for part in ("group g0", "2.50 GiB", "cuda:0 has 512.00 MiB free", "more groups", "dtype"):
         assert part in message
     assert caught.value.fields["needed_bytes"] == str(2 * GIB + GIB // 2)
+
+
+@pytest.mark.parametrize(
+    ("asked_bytes", "free_bytes", "budget_bytes"),
+    [
+        (None, 800, None),
+        (None, 799, 719),
+        (800, 1000, None),
+        (9999, 1000, None),
+        (799, 1000, 799),
+        (100, 100, 100),
+    ],
+)
+def test_the_budget_is_what_was_asked_for_or_what_is_free(
+    asked_bytes: int | None, free_bytes: int, budget_bytes: int | None
+) -> None:
+    assert device_budget("g0", asked_bytes, 800, 100, free_bytes, "cuda:0") == budget_bytes
+
+
+def test_budgets_that_cannot_be() -> None:
+    with pytest.raises(ConfigError) as caught:
+        device_budget("g0", 99, 800, 100, 1000, "cuda:0")
+    assert caught.value.fields == {
+        "field": "experts.device_memory_bytes",
+        "expected": "at least 100, the bytes of the largest expert",
+        "got": "99",
+    }
+    with pytest.raises(
+        InsufficientMemory, match="device_memory_bytes asks for 400 B, cuda:0 has 300 B"
+    ):
+        device_budget("g0", 400, 800, 100, 300, "cuda:0")
+    with pytest.raises(
+        InsufficientMemory, match="even its largest expert needs 100 B, cuda:0 has 99 B"
+    ):
+        device_budget("g0", None, 800, 100, 110, "cuda:0")
 
 
 @pytest.mark.parametrize(

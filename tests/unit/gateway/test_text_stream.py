@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -92,6 +92,7 @@ UNITS = {"byte_level": ANY_BYTES, "sentencepiece": WHOLE_CHARACTERS}
 
 
 @pytest.mark.parametrize("kind", DECODERS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_pieces_join_to_the_decoded_text_up_to_the_first_stop(
     kind: str, data: st.DataObject

@@ -1,6 +1,6 @@
-"""Which rows go where: every slot once, each expert's rows together, and in transformers' order."""
+"""Which rows go where: every slot once, each expert's rows together, in transformers' order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 import pytest
@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.router.plan import Shipment, plan, slot_order, slots_by_expert
-from expertmesh.router.policy import pick_replica
+from expertmesh.router.pools import Costs, Standing
 from expertmesh.router.snapshot import Key
+from expertmesh.router.waterfill import Shares, share_out
 from expertmesh.runtime.errors import ExpertUnavailable
 
 LAYER = 4
@@ -34,9 +35,15 @@ HOLDERS = st.fixed_dictionaries(
 )
 
 
-def first_of(able: Sequence[str], contacted: Mapping[str, object]) -> str:
+def first_of(rows: Mapping[int, int], able: Mapping[int, Sequence[str]]) -> Shares:
     """A policy without a will."""
-    return able[0]
+    return {expert: [(able[expert][0], count)] for expert, count in rows.items()}
+
+
+def poured(seed: int, row_us: float = 300.0) -> Callable[..., Shares]:
+    """The router's own policy, over idle replicas."""
+    standing = Standing(Costs(row_us=row_us))
+    return lambda rows, able: share_out(rows, able, lambda name: standing, Random(seed))
 
 
 def shipments_for(
@@ -59,22 +66,16 @@ def test_every_slot_goes_once_to_a_holder_of_its_expert(
 ) -> None:
     experts_TK = torch.tensor(routing)
     experts_S = experts_TK.reshape(-1).tolist()
-    order = slot_order(experts_TK, mode)  # type: ignore[arg-type]
-    random = Random(seed)
-    shipments = plan(
-        LAYER,
-        slots_by_expert(experts_S, order),
-        holders,
-        lambda able, contacted: pick_replica(able, contacted, lambda name: 0, random),
-    )
+    order = slot_order(experts_S, experts_TK, mode)  # type: ignore[arg-type]
+    shipments = plan(LAYER, slots_by_expert(experts_S, order), holders, poured(seed))
     sent = [slot for shipment in shipments for slot in shipment.slots_R]
     assert sorted(sent) == list(range(len(experts_S)))
     assert len({shipment.replica for shipment in shipments}) == len(shipments)
-    asked = [expert for shipment in shipments for expert in shipment.experts]
-    assert sorted(asked) == sorted(set(experts_S)), "all rows of an expert go to one replica"
     for shipment in shipments:
         assert shipment.experts == sorted(shipment.experts)
         assert experts_of(shipment) == [experts_S[slot] for slot in shipment.slots_R]
+        ranks = [order.index(slot) for slot in shipment.slots_R]
+        assert ranks == sorted(ranks, key=lambda rank: (experts_S[order[rank]], rank))
         for expert in shipment.experts:
             assert shipment.replica in holders[LAYER, expert]
 
@@ -92,33 +93,30 @@ def test_rows_of_one_replica_travel_together() -> None:
     ]
 
 
-def test_the_policy_is_told_the_holders_and_who_is_contacted() -> None:
-    told: list[tuple[tuple[str, ...], set[str]]] = []
+def test_the_policy_is_told_rows_and_holders_if_there_is_a_choice() -> None:
+    told: list[tuple[Mapping[int, int], Mapping[int, Sequence[str]]]] = []
 
-    def choose(able: Sequence[str], contacted: Mapping[str, object]) -> str:
-        told.append((tuple(able), set(contacted)))
-        return able[-1]
+    def share(rows: Mapping[int, int], able: Mapping[int, Sequence[str]]) -> Shares:
+        told.append((rows, able))
+        return {0: [("a", 1)], 1: [("b", 2), ("a", 1)]}
 
-    holders: dict[Key, tuple[str, ...]] = {(LAYER, e): ("a", f"r{e}") for e in range(3)}
-    plan(LAYER, slots_by_expert([0, 1, 2], range(3)), holders, choose)
-    assert told == [
-        (("a", "r0"), set()),
-        (("a", "r1"), {"r0"}),
-        (("a", "r2"), {"r0", "r1"}),
+    holders: dict[Key, tuple[str, ...]] = {(LAYER, 0): ("a",), (LAYER, 1): ("a", "b")}
+    slots = slots_by_expert([0, 1, 1, 1], range(4))
+    assert plan(LAYER, slots, holders, share) == [
+        Shipment("a", [0, 1], [1, 1], [0, 3]),
+        Shipment("b", [1], [2], [1, 2]),
     ]
+    assert told == [({0: 1, 1: 3}, {0: ("a",), 1: ("a", "b")})]
+    plan(LAYER, slots_by_expert([0, 0], range(2)), holders, share)
+    assert len(told) == 1, "nothing to choose"
 
 
 def test_contacted_replicas_are_preferred() -> None:
     holders: dict[Key, tuple[str, ...]] = {(LAYER, 0): ("b",)}
     holders |= {(LAYER, e): ("a", "b", "c") for e in range(1, NUM_EXPERTS)}
+    slots = slots_by_expert(list(range(NUM_EXPERTS)), range(NUM_EXPERTS))
     for seed in range(20):
-        random = Random(seed)
-        shipments = plan(
-            LAYER,
-            slots_by_expert(list(range(NUM_EXPERTS)), range(NUM_EXPERTS)),
-            holders,
-            lambda able, contacted, r=random: pick_replica(able, contacted, lambda name: 0, r),  # type: ignore[misc]
-        )
+        shipments = plan(LAYER, slots, holders, poured(seed, row_us=1.0))
         assert [shipment.replica for shipment in shipments] == ["b"]
 
 
@@ -138,7 +136,7 @@ def test_slots_are_filed_by_ascending_expert_in_the_order_given() -> None:
 
 def test_the_eager_loop_goes_slot_by_slot() -> None:
     experts_TK = torch.tensor([[5, 1], [1, 2], [5, 1]])
-    order = slot_order(experts_TK, "eager")
+    order = slot_order(experts_TK.reshape(-1).tolist(), experts_TK, "eager")
     assert order == [0, 2, 4, 1, 3, 5]
     slots = slots_by_expert(experts_TK.reshape(-1).tolist(), order)
     assert slots == {1: [2, 1, 5], 2: [3], 5: [0, 4]}, "as torch.where over a [K, T] mask"
@@ -148,7 +146,7 @@ def test_the_eager_loop_goes_slot_by_slot() -> None:
 def test_the_grouped_product_goes_by_transformers_own_sort(num_tokens: int) -> None:
     random = torch.Generator().manual_seed(num_tokens)
     experts_TK = torch.rand(num_tokens, 8, generator=random).topk(3).indices
-    order = slot_order(experts_TK, "slot_sum")
+    order = slot_order(experts_TK.reshape(-1).tolist(), experts_TK, "slot_sum")
     # transformers.integrations.moe.grouped_mm_experts_forward
     assert order == torch.sort(experts_TK.reshape(-1)).indices.tolist()
     assert sorted(order) == list(range(num_tokens * 3))

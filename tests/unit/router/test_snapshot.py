@@ -128,7 +128,7 @@ def test_a_replica_set_aside_gets_no_work_until_a_newer_heartbeat() -> None:
 
 def test_answers_do_not_bring_a_replica_back() -> None:
     aside = three().without_work_for(LIFE_A, "stream broke")
-    after = aside.with_loads([(LIFE_A, pb.ReplicaLoad(queued_rows=1))], NOW_S + 1)
+    after = aside.with_loads([(LIFE_A, pb.ReplicaLoad(queued_rows=1), 0)], NOW_S + 1)
     assert after.replicas["a"].set_aside == "stream broke"
     assert after.holders is aside.holders
 
@@ -141,16 +141,17 @@ def test_the_first_reason_to_set_aside_stays() -> None:
 def test_failures_of_a_former_life_do_not_concern_the_present_one() -> None:
     snapshot = seen(replica_state("a", incarnation=2))
     assert snapshot.without_work_for(("a", 1), "broke") is snapshot
-    assert snapshot.with_loads([(("a", 1), pb.ReplicaLoad())], NOW_S) is snapshot
-    assert snapshot.with_loads([(("nobody", 1), pb.ReplicaLoad())], NOW_S) is snapshot
+    assert snapshot.with_loads([(("a", 1), pb.ReplicaLoad(), 0)], NOW_S) is snapshot
+    assert snapshot.with_loads([(("nobody", 1), pb.ReplicaLoad(), 0)], NOW_S) is snapshot
     assert snapshot.without_work_for(("nobody", 1), "broke") is snapshot
 
 
 def test_an_answer_carries_fresher_load() -> None:
     before = three()
-    after = before.with_loads([(LIFE_B, pb.ReplicaLoad(queued_rows=5))], NOW_S + 2)
+    after = before.with_loads([(LIFE_B, pb.ReplicaLoad(queued_rows=5), 2)], NOW_S + 2)
     replica = after.replicas["b"]
     assert (replica.load.queued_rows, replica.heard_s) == (5, NOW_S + 2)
+    assert replica.others_rows == 3
     assert replica.state is before.replicas["b"].state
     assert after.holders is before.holders
     assert after.version == before.version + 1
@@ -163,3 +164,60 @@ def test_a_replica_that_left_is_gone() -> None:
     assert after.holders == {(4, 0): ("a",), (4, 1): ("a", "b")}
     assert after.version == before.version + 1
     assert after.without("c") is after
+
+
+def test_a_heartbeat_that_an_answer_has_overtaken_leaves_the_load() -> None:
+    answered = seen(replica_state("a")).with_loads(
+        [(LIFE_A, pb.ReplicaLoad(queued_rows=5, done_rows=90), 1)], NOW_S + 1
+    )
+    older = replica_state("a", sequence=2, load=pb.ReplicaLoad(queued_rows=70, done_rows=20))
+    replica = answered.with_state(older, NOW_S + 2).replicas["a"]
+    assert (replica.load.queued_rows, replica.others_rows) == (5, 4)
+    assert (replica.heard_s, replica.state.sequence) == (NOW_S + 1, 2)
+    newer = replica_state("a", sequence=3, load=pb.ReplicaLoad(queued_rows=8, done_rows=95))
+    replica = answered.with_state(newer, NOW_S + 2, own_rows=6).replicas["a"]
+    assert (replica.load.queued_rows, replica.others_rows, replica.heard_s) == (8, 2, NOW_S + 2)
+
+
+def test_an_unusable_heartbeat_sets_aside_and_a_good_one_brings_back() -> None:
+    wrong = three().with_state(replica_state("a", sequence=2), NOW_S, set_aside="address: none")
+    assert wrong.replicas["a"].set_aside == "address: none"
+    assert (4, 0) not in wrong.holders
+    good = replica_state("a", sequence=3, holds=holds({4: [0, 1]}))
+    assert wrong.with_state(good, NOW_S).holders == three().holders
+
+
+def test_a_distrusted_replica_comes_back_when_it_claims_something_else() -> None:
+    aside = three().without_work_for(LIFE_A, "lies", "claims")
+    same = aside.with_state(replica_state("a", sequence=2, holds=holds({4: [0, 1]})), NOW_S)
+    answered = same.with_loads([(LIFE_A, pb.ReplicaLoad(), 0)], NOW_S)
+    again = answered.with_state(replica_state("a", sequence=3, holds=holds({4: [0, 1]})), NOW_S)
+    assert again.replicas["a"].set_aside == "lies"
+    assert (4, 0) not in again.holders
+    other = again.with_state(replica_state("a", sequence=4, holds=holds({4: [0]})), NOW_S)
+    assert other.holders[4, 0] == ("a",)
+    reborn = again.with_state(replica_state("a", incarnation=2, holds=holds({4: [0]})), NOW_S)
+    assert reborn.replicas["a"].set_aside == ""
+
+
+def test_a_broken_replica_comes_back_when_it_answers_a_probe() -> None:
+    aside = three().without_work_for(LIFE_A, "stream broke", "probe")
+    beating = aside.with_state(replica_state("a", sequence=2, holds=holds({4: [0, 1]})), NOW_S)
+    assert beating.replicas["a"].set_aside == "stream broke"
+    assert (4, 0) not in beating.holders
+    assert beating.with_probed(("a", 2)) is beating
+    assert beating.with_probed(LIFE_B) is beating
+    assert beating.with_probed(LIFE_A).holders == three().holders
+    reborn = beating.with_state(replica_state("a", incarnation=2, holds=holds({4: [0]})), NOW_S)
+    assert reborn.replicas["a"].set_aside == ""
+
+
+def test_a_probe_does_not_bring_back_who_waits_for_something_else() -> None:
+    for until in ("heartbeat", "claims"):
+        aside = three().without_work_for(LIFE_A, "draining", until)
+        assert aside.with_probed(LIFE_A) is aside
+
+
+def test_spare_is_who_has_another_holder_for_everything() -> None:
+    assert [three().is_spare(name) for name in "abc"] == [False, True, False]
+    assert not three().without_work_for(LIFE_A, "x").without_work_for(("c", 1), "x").is_spare("b")

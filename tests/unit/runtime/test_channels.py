@@ -1,16 +1,20 @@
 """Both ends of a connection agree on sizes and keepalive."""
 
+import json
+from typing import Any
+
 from expertmesh.runtime.channels import (
     DEFAULT_MAX_MESSAGE_BYTES,
     Options,
     channel_options,
     server_options,
 )
+from expertmesh.v1 import generate_pb2, router_pb2
 
 RECEIVE, SEND = "grpc.max_receive_message_length", "grpc.max_send_message_length"
 
 
-def as_dict(options: Options) -> dict[str, int]:
+def as_dict(options: Options) -> dict[str, Any]:
     """The options by name, each once."""
     found = dict(options)
     assert len(found) == len(options), "an option given twice"
@@ -36,3 +40,15 @@ def test_servers_allow_the_pings_that_clients_send() -> None:
 
 def test_two_servers_never_share_a_port() -> None:
     assert as_dict(server_options())["grpc.so_reuseport"] == 0
+
+
+def test_clients_share_their_calls_out_and_repeat_what_was_not_answered() -> None:
+    config = json.loads(as_dict(channel_options())["grpc.service_config"])
+    assert config["loadBalancingConfig"] == [{"round_robin": {}}]
+    [method] = config["methodConfig"]
+    services = {
+        module.DESCRIPTOR.services_by_name[name].full_name
+        for module, name in ((router_pb2, "RouterService"), (generate_pb2, "GenerateService"))
+    }
+    assert {name["service"] for name in method["name"]} == services
+    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]

@@ -1,6 +1,7 @@
 """Checkpoint directories are found complete or refused with the reason, before anything loads."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -181,3 +182,14 @@ def test_no_readable_header(single: Path, content: bytes) -> None:
     (single / "model.safetensors").write_bytes(content)
     error = refused(single, DamagedShard)
     assert error.fields["actual_bytes"] == str(len(content))
+
+
+def test_a_file_cut_off_later_is_noticed_before_it_is_read(single: Path) -> None:
+    checkpoint, file = Checkpoint.open(single), single / "model.safetensors"
+    names = list(TENSORS)
+    checkpoint.check_still_there(names)
+    last = max(names, key=checkpoint.offset_bytes)
+    os.truncate(file, checkpoint.offset_bytes(last))
+    checkpoint.check_still_there(set(names) - {last})
+    with pytest.raises(DamagedShard, match=r"model.safetensors: expected \d+ bytes or more"):
+        checkpoint.check_still_there(names)

@@ -9,8 +9,11 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from expertmesh.runtime import errors
+from expertmesh.runtime.error_status import from_status
 from expertmesh.runtime.errors import (
+    CannotMakeIt,
     CheckpointError,
+    CorruptAnswer,
     DeadlineExceeded,
     Draining,
     ExpertMeshError,
@@ -18,11 +21,14 @@ from expertmesh.runtime.errors import (
     InternalError,
     InvalidInput,
     MessageTooLarge,
+    PermissionDenied,
     QueueFull,
+    RateLimited,
     StreamClosed,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
-    from_status,
+    WeightsUnavailable,
 )
 
 CLASSES = [
@@ -97,7 +103,9 @@ def test_reasons_are_those_that_clients_were_promised() -> None:
         (code_pb2.UNAVAILABLE, Unavailable),
         (code_pb2.INTERNAL, InternalError),
         (code_pb2.UNKNOWN, InternalError),
-        (code_pb2.PERMISSION_DENIED, InternalError),
+        (code_pb2.PERMISSION_DENIED, PermissionDenied),
+        (code_pb2.UNAUTHENTICATED, Unauthenticated),
+        (code_pb2.ABORTED, InternalError),
         (999, InternalError),
     ],
 )
@@ -139,7 +147,45 @@ def test_no_metadata_key_of_a_peer_can_break_the_reader(key: str) -> None:
 
 def test_what_can_be_retried() -> None:
     retryable = {kind for kind in CLASSES if kind.retryable}
-    assert retryable == {QueueFull, Unavailable, Draining, StreamClosed, ExpertUnavailable}
+    assert retryable == {
+        QueueFull,
+        RateLimited,
+        CannotMakeIt,
+        Unavailable,
+        Draining,
+        StreamClosed,
+        CorruptAnswer,
+        WeightsUnavailable,
+        ExpertUnavailable,
+    }
+
+
+def test_what_a_caller_sent_cannot_make_a_status_too_large_for_grpc() -> None:
+    error = UnknownModel("\U0001f600" * 10_000, **{f"x{n}" * 100: "y" * 10_000 for n in range(99)})
+    status = error.to_status()
+    assert status.ByteSize() < 3000
+    assert len(status.message.encode()) <= 1024
+    assert status.message.endswith("...")
+    assert UnknownModel("lone \ud800").to_status().message == "lone ?"
+
+
+def test_a_retry_delay_is_told_as_generic_clients_know_it() -> None:
+    status = RateLimited("slowly").after(1.5).to_status()
+    retry = error_details_pb2.RetryInfo()
+    assert status.details[1].Unpack(retry)
+    assert retry.retry_delay.ToTimedelta().total_seconds() == 1.5
+    assert from_status(status).retry_after_s == 1.5
+
+
+@pytest.mark.parametrize(("seconds", "nanos"), [(-1, 0), (0, -5), (10**11, 0), (86400, 1)])
+def test_a_peers_nonsense_is_no_retry_delay(seconds: int, nanos: int) -> None:
+    status = QueueFull("full").to_status()
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.seconds, retry.retry_delay.nanos = seconds, nanos
+    status.details.add().Pack(retry)
+    error = from_status(status)
+    assert error.retry_after_s is None
+    assert len(error.to_status().details) == 1
 
 
 def test_the_usual_message_of_a_wrong_field() -> None:

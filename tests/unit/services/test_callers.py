@@ -1,6 +1,7 @@
 """The model's thread calling the router core on the event loop, several calls at once."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from tests.waiting import until
 
 from expertmesh.router import shipping
 from expertmesh.router.core import RouterCore
-from expertmesh.router.streams import Answer
+from expertmesh.router.latency import Latencies
+from expertmesh.router.streams import OnAnswer
 from expertmesh.runtime.errors import ExpertUnavailable, InvalidInput
+from expertmesh.runtime.origin import Origin
 from expertmesh.runtime.telemetry import configure
 from expertmesh.services.callers import CoreCaller
 from expertmesh.v1 import expert_pb2, router_pb2
@@ -27,24 +30,38 @@ class Echo:
     closed = False
     in_flight_rows = 0
 
+    def observe_transport(self, transport_us: float, now_s: float) -> None:
+        """Nobody asks."""
+
     def __init__(self) -> None:
         self.calls = 0
+        self.latencies = Latencies()
         self.gates = [asyncio.Event() for _ in range(8)]
+        self.tasks: list[asyncio.Future[None]] = []
 
     def send(
-        self, request: expert_pb2.ComputeRequest, payload: Any, num_rows: int, timeout_s: float
-    ) -> asyncio.Future[Answer]:
+        self,
+        request: expert_pb2.ComputeRequest,
+        rows: Sequence[memoryview],
+        num_rows: int,
+        timeout_s: float,
+        on_answer: OnAnswer,
+    ) -> int:
         """The rows as they came, once the call's gate is open."""
         gate = self.gates[self.calls]
         self.calls += 1
         answer = expert_pb2.ComputeResponse(dtype=request.dtype, hidden_size=request.hidden_size)
-        rows = bytes(payload)
+        payload = b"".join(rows)
 
-        async def opened() -> Answer:
+        async def opened() -> None:
             await gate.wait()
-            return answer, memoryview(rows)
+            on_answer((answer, memoryview(payload)))
 
-        return asyncio.ensure_future(opened())
+        self.tasks.append(asyncio.ensure_future(opened()))
+        return self.calls
+
+    def cancel(self, number: int) -> None:
+        """Nobody wants it any more."""
 
     async def close(self) -> None:
         """Its replica has gone."""
@@ -54,7 +71,7 @@ class Echo:
 async def echo(monkeypatch: pytest.MonkeyPatch) -> Echo:
     """The stream that every router core of this test opens."""
     echo = Echo()
-    monkeypatch.setattr(shipping, "ReplicaStream", lambda address, max_message_bytes: echo)
+    monkeypatch.setattr(shipping, "ReplicaStream", lambda *args: echo)
     return echo
 
 
@@ -131,6 +148,7 @@ async def test_the_callers_of_the_forward_are_asked_at_each_call(
     monkeypatch.setattr(core, "dispatch", dispatched)
     for traceparents in ((), ("a", "b")):
         caller.callers = lambda traceparents=traceparents: traceparents  # type: ignore[misc]
+        caller.origin = lambda traceparents=traceparents: Origin(f"{len(traceparents)}")  # type: ignore[misc]
         await asyncio.to_thread(dispatch, caller, torch.zeros(2, 3))
-    modes = [(mode, callers) for mode, _, callers in asked]
-    assert modes == [("slot_sum", ()), ("slot_sum", ("a", "b"))]
+    modes = [(mode, callers, origin.caller) for mode, _, callers, origin in asked]
+    assert modes == [("slot_sum", (), "0"), ("slot_sum", ("a", "b"), "2")]

@@ -34,6 +34,11 @@ def test_building_applications_needs_no_torch() -> None:
     assert "ray" in loaded
 
 
+def test_the_controller_is_light() -> None:
+    loaded = imported("expertmesh.services.controller.process")
+    assert loaded == {"redis"}
+
+
 def test_help_of_the_installed_program() -> None:
     command = [sys.executable, "-m", "expertmesh.services.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -78,6 +83,19 @@ def test_a_wrong_command_line(argv: list[str], capsys: pytest.CaptureFixture[str
         (["serve", "/nowhere"], "/nowhere: "),
         (["inspect", "/nowhere"], "/nowhere: "),
         (["router", "--set", "model=m"], "redis.url: a router of its own needs a Redis"),
+        (["gateway", "--set", "model=m"], "redis.url: a gateway of its own needs a Redis"),
+        (
+            ["k8s", "serve-config", "--num-experts", "8", "--set", "model=m"],
+            "redis.url: replicas in a cluster need a Redis",
+        ),
+        (
+            [
+                *("k8s", "serve-config", "--num-experts", "2"),
+                *("--set", "redis.url=redis://h:1", "--set", "model=m"),
+            ],
+            "experts.groups: expected 1 to 2",
+        ),
+        (["k8s", "drain", "--ports", "1-2"], "--address: expected Ray's head, host:port"),
     ],
 )
 def test_what_a_user_can_cause_is_one_line(

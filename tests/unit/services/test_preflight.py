@@ -7,6 +7,7 @@ import pytest
 from tests.checkpoints import tiny_checkpoint
 
 from expertmesh.runtime.config import load
+from expertmesh.runtime.device import probe_for
 from expertmesh.runtime.errors import ConfigError, InsufficientMemory, NotACheckpoint
 from expertmesh.services.preflight import check_before_start
 from expertmesh.services.settings import MeshSettings
@@ -55,7 +56,30 @@ def test_experts_that_do_not_fit_are_counted(mixtral: Path) -> None:
     assert int(fields["needed_bytes"]) == 16 * EXPERT_BYTES * 10**9
     assert 0 < int(fields["free_bytes"]) < int(fields["needed_bytes"])
     assert "need 1072.88 TiB" in caught.value.message
-    assert "free. Use fewer replicas, a smaller dtype, or more machines" in caught.value.message
+    assert "dtype, more machines, or set" in caught.value.message
+
+
+def test_a_budget_bounds_what_replicas_take(mixtral: Path) -> None:
+    free_bytes = probe_for("cpu").read().free_bytes
+    replicas = free_bytes // (8 * EXPERT_BYTES)  # of 16 experts each: twice what is free
+    few: dict[str, Any] = {"experts__groups": 1, "experts__replicas": replicas}
+    with pytest.raises(InsufficientMemory, match=r"or set `experts\.device_memory_bytes`"):
+        check_before_start(settings_of(mixtral, **few))
+    few["experts__device_memory_bytes"] = EXPERT_BYTES
+    check_before_start(settings_of(mixtral, **few))
+    with pytest.raises(InsufficientMemory):
+        check_before_start(settings_of(mixtral, **few, experts__host_memory_bytes=1 << 40))
+
+
+@pytest.mark.parametrize("name", ["device_memory_bytes", "host_memory_bytes"])
+def test_a_budget_below_one_expert(name: str, mixtral: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_before_start(settings_of(mixtral, **{f"experts__{name}": EXPERT_BYTES - 1}))
+    assert caught.value.fields == {
+        "field": f"experts.{name}",
+        "expected": f"at least {EXPERT_BYTES}, the bytes of the largest expert",
+        "got": str(EXPERT_BYTES - 1),
+    }
 
 
 @pytest.mark.parametrize("elsewhere", [{"experts__num_gpus": 0.5}, {"experts__device": "cuda"}])

@@ -58,6 +58,7 @@ def test_one_field_of_a_section_leaves_the_others_at_their_defaults(name: str, t
         ("EXPERTS__REPLICAS", "0", "experts.replicas: .* greater than 0"),
         ("EXPERTS__LEASE_S", "0", "experts.lease_s: .* greater than or equal to 1"),
         ("EXPERTS__LIMITS__MAX_QUEUE_ROWS", "0", "experts.limits.max_queue_rows: "),
+        ("EXPERTS__SCALING__MODE", "auto", "experts.scaling.mode: .* 'off', 'advisory' or 'on'"),
         ("ROUTER__PORT", "65536", "router.port: .* less than or equal to 65535"),
         ("GATEWAY__PORT", "-1", "gateway.port: .* greater than or equal to 0"),
         ("GATEWAY__ENGINE", "fast", "gateway.engine: "),
@@ -79,3 +80,16 @@ def test_every_field_says_what_it_does() -> None:
     ]
     assert len(leaves) > 30
     assert [leaf for leaf in leaves if not leaf[2]] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("min_replicas", 5, "min_replicas 5 is above max_replicas 4; raise the one"),
+        ("min_replicas", 0, "no other group could serve the experts of a group without replicas"),
+        ("sample_s", 5, "sample_s must be at most up_window_s, 2 s"),
+    ],
+)
+def test_scaling_that_contradicts_itself_is_refused(field: str, value: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^experts\.scaling: .*{message}"):
+        load(MeshSettings, env=MODEL, overrides={f"experts.scaling.{field}": value})

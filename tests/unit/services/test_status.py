@@ -43,6 +43,27 @@ def test_a_replica_is_one_row() -> None:
     assert "mesh prod: 1 replicas, redis answers (heard 1.2 s ago)" in text
 
 
+def test_what_is_resident_is_told_where_not_everything_is() -> None:
+    view = pb.ReplicaView()
+    view.CopyFrom(READY)
+    view.state.residency.resident_bytes = GIB
+    assert " 1.00 GiB of 3.00 GiB cuda " in shown(view)
+
+
+def test_missing_experts_are_loud() -> None:
+    gaps = [
+        pb.LayerExperts(layer=layer, experts=ids)
+        for layer, ids in ((0, [4, 5]), (1, [4, 5]), (7, [2]))
+    ]
+    snapshot = pb.GetSnapshotResponse(mesh="prod", redis_connected=True, missing=gaps)
+    console = Console(file=io.StringIO(), width=400)
+    console.print(table(snapshot))
+    assert isinstance(console.file, io.StringIO)
+    text = "MISSING, no live replica: experts 4-5 of layers 0-1; experts 2 of layers 7"
+    assert text in console.file.getvalue()
+    assert "MISSING" not in shown(READY)
+
+
 def test_an_absent_redis_is_loud() -> None:
     assert "REDIS AWAY, routing goes on" in shown(connected=False)
 

@@ -1,9 +1,12 @@
 """Live state of the mesh in Redis: replicas publish heartbeats with a lease, routers watch them.
 
 Redis is never on the hot path, and its absence is never an error: both sides keep trying.
-Only commands that Redis 6.2 and Valkey 9 share: SET PX, DEL, SCAN, MGET, PUBLISH, SUBSCRIBE.
+Only commands that Redis 6.2 and Valkey 9 share: SET PX, DEL, SCAN, MGET, PUBLISH, SUBSCRIBE, and
+EVAL for the controller's lease.
 """
 
+from expertmesh.runtime.security.redis_secrets import RedisSecrets
+from expertmesh.runtime.state.lease import Lease
 from expertmesh.runtime.state.publisher import ReplicaPublisher
 from expertmesh.runtime.state.record import (
     channel_name,
@@ -15,7 +18,9 @@ from expertmesh.runtime.state.record import (
 from expertmesh.runtime.state.watcher import MeshWatcher
 
 __all__ = [
+    "Lease",
     "MeshWatcher",
+    "RedisSecrets",
     "ReplicaPublisher",
     "channel_name",
     "check_mesh_name",

@@ -5,12 +5,21 @@ import math
 import random
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
 
+import redis
+import redis.retry
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 
 from expertmesh.runtime.errors import ConfigError
+from expertmesh.runtime.security.redis_secrets import (
+    RedisSecrets,
+    split_user,
+    without_password,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -20,27 +29,65 @@ _MAX_BACKOFF_S = 0.5
 _JITTER_FRAC = 0.2
 
 Clock = Callable[[], float]
+T = TypeVar("T")
 
 
-def connect(redis_url: str) -> Redis:
+class Login(CredentialProvider):
+    """Asked by redis-py at each new connection, so that a new password needs no restart."""
+
+    def __init__(self, username: str | None, secrets: RedisSecrets) -> None:
+        self._username = username
+        self._secrets = secrets
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """(password,) or (user, password)."""
+        password = self._secrets.read_password() or ""
+        return (self._username, password) if self._username else (password,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        """The same: a small file."""
+        return self.get_credentials()
+
+
+def connect(redis_url: str, secrets: RedisSecrets | None = None) -> Redis:
     """A client that fails at once instead of retrying inside: its user owns the retries.
 
+    Args:
+        secrets: where the password is, and certificates.
+
     Raises:
-        ConfigError: not a Redis URL.
+        ConfigError: not a Redis URL, or what `secrets` names is not there.
     """
+    return _made(Redis.from_url, redis_url, secrets, retry=Retry(NoBackoff(), 0))
+
+
+def connect_blocking(
+    redis_url: str, secrets: RedisSecrets | None = None
+) -> "redis.Redis":  # the class of the same name that is not asyncio's
+    """The same for a thread."""
+    return _made(redis.Redis.from_url, redis_url, secrets, retry=redis.retry.Retry(NoBackoff(), 0))
+
+
+def _made(make: Callable[..., T], redis_url: str, secrets: RedisSecrets | None, retry: Any) -> T:
+    secrets = secrets or RedisSecrets()
+    options = secrets.tls_options(redis_url)
+    if secrets.read_password() is not None:
+        redis_url, username = split_user(without_password(redis_url))
+        options["credential_provider"] = Login(username, secrets)
     try:
-        return Redis.from_url(
+        return make(
             redis_url,
+            **options,
             protocol=2,  # RESP3 gains us nothing and costs a handshake
             socket_timeout=_TIMEOUT_S,
             socket_connect_timeout=_TIMEOUT_S,
             socket_keepalive=True,
-            retry=Retry(NoBackoff(), 0),
+            retry=retry,
         )
-    except ValueError as error:
+    except ValueError:  # its text may repeat the URL
         raise ConfigError.of(
-            "redis_url", expected="redis://host:port/db, rediss:// or unix://", got=str(error)
-        ) from error
+            "redis_url", expected="redis://host:port/db, rediss:// or unix://", got="something else"
+        ) from None
 
 
 def jittered(period_s: float) -> float:

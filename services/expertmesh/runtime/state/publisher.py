@@ -9,6 +9,7 @@ from typing import Self
 
 from redis.exceptions import RedisError
 
+from expertmesh.runtime.security.redis_secrets import RedisSecrets
 from expertmesh.runtime.state.link import Clock, RedisLink, connect, jittered
 from expertmesh.runtime.state.record import (
     channel_name,
@@ -34,6 +35,7 @@ class ReplicaPublisher:
             skipped and the error logged.
         interval_s: mean time between heartbeats.
         lease_s: time after which a silent replica does not exist; 3 intervals, at least 1 s.
+        secrets: how to log in to Redis.
         incarnation: tells two lives of one replica id apart; default the wall clock in us.
     """
 
@@ -46,10 +48,11 @@ class ReplicaPublisher:
         interval_s: float = 0.2,
         lease_s: float | None = None,
         incarnation: int | None = None,
+        secrets: RedisSecrets | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._mesh = check_mesh_name(mesh)
-        self._redis = connect(redis_url)
+        self._redis = connect(redis_url, secrets)
         self._build_state = build_state
         self._interval_s = interval_s
         self._lease_ms = round(1000 * max(lease_s or 3 * interval_s, _MIN_LEASE_S))

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from expertmesh.runtime.errors import ConfigError, MalformedMessage
 from expertmesh.v1 import control_pb2 as pb
 
-MAX_RECORD_BYTES = 4 << 20
+MAX_RECORD_BYTES = 1 << 20
 MAX_LEASE_MS = 10 * 60 * 1000
 _MIN_LEASE_MS = 100
 _MAX_HIDDEN_SIZE = 1 << 20
@@ -101,6 +101,9 @@ def _faults(state: pb.ReplicaState) -> Iterator[tuple[str, str, object]]:
 
 
 def _hold_faults(state: pb.ReplicaState) -> Iterator[tuple[str, str, object]]:
+    if len(state.holds) > _MAX_LAYERS:
+        yield "holds", f"at most {_MAX_LAYERS} layers", len(state.holds)
+        return
     for held in state.holds:
         if held.layer >= _MAX_LAYERS:
             yield "holds.layer", f"below {_MAX_LAYERS}", held.layer

@@ -12,6 +12,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from expertmesh.runtime.errors import MalformedMessage
+from expertmesh.runtime.security.redis_secrets import RedisSecrets
 from expertmesh.runtime.state.link import Clock, RedisLink, connect, jittered
 from expertmesh.runtime.state.record import (
     channel_name,
@@ -61,6 +62,7 @@ class MeshWatcher:
         mesh: name of the mesh, the key space.
         on_state: called on the event loop with each new record of a replica; must not block.
         on_gone: called with the id of a replica that left or whose lease ended.
+        secrets: how to log in to Redis.
         resync_s: mean time between full reads, which make up for lost messages.
     """
 
@@ -72,10 +74,11 @@ class MeshWatcher:
         on_gone: Callable[[str], None],
         *,
         resync_s: float = 1.5,
+        secrets: RedisSecrets | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._mesh = check_mesh_name(mesh)
-        self._redis = connect(redis_url)
+        self._redis = connect(redis_url, secrets)
         self._on_state = on_state
         self._on_gone = on_gone
         self._resync_s = resync_s

@@ -10,10 +10,12 @@ from typing import Any
 
 from expertmesh.runtime.config import load, parse_value
 from expertmesh.runtime.errors import ConfigError
+from expertmesh.runtime.security.access import Access
 from expertmesh.services.settings import MeshSettings
 
 DEFAULT_ROUTER = "127.0.0.1:50051"
 DEFAULT_GATEWAY = "127.0.0.1:50052"
+DEFAULT_CONTROLLER = "127.0.0.1:50053"
 Subparsers = Any  # argparse's _SubParsersAction is private
 
 
@@ -41,10 +43,46 @@ def settings_from(args: argparse.Namespace, **overrides: Any) -> MeshSettings:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigError(f"--set {assignment}: expected NAME=VALUE", field="--set")
+        if name.rpartition(".")[2] == "password":
+            message = (
+                f"--set {name}: everybody on this machine sees it (ps); use a file or a variable"
+            )
+            raise ConfigError(message, field=name)
         values[name] = parse_value(text, f"--set {name}")
     if args.config and not args.config.is_file():
         raise ConfigError(f"--config {args.config}: no such file", field="--config")
     return load(MeshSettings, args.config, env=os.environ, overrides=values)
+
+
+def add_token_file(parser: argparse.ArgumentParser) -> None:
+    """--token-file."""
+    parser.add_argument("--token-file", metavar="FILE", help="file with the bearer token")
+
+
+def add_access(parser: argparse.ArgumentParser) -> None:
+    """The --tls flags and --token-file, of every command that connects."""
+    parser.add_argument("--tls", action="store_true", help="encrypt; trust the system's CAs")
+    parser.add_argument("--tls-ca", metavar="FILE", help="encrypt; trust this CA (PEM)")
+    parser.add_argument("--tls-cert", metavar="FILE", help="own certificate (PEM)")
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key (PEM)")
+    parser.add_argument("--tls-server-name", metavar="NAME", help="name in the certificate there")
+    add_token_file(parser)
+
+
+def access_from(args: argparse.Namespace) -> Access:
+    """What the flags of `add_access` say.
+
+    Raises:
+        ConfigError: a certificate without its key.
+    """
+    return Access(
+        tls=args.tls,
+        ca_file=args.tls_ca,
+        cert_file=args.tls_cert,
+        key_file=args.tls_key,
+        server_name=args.tls_server_name,
+        token_file=args.token_file,
+    )
 
 
 def progress_printer() -> Callable[[str], None]:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from expertmesh.services.commands.common import Subparsers, add_settings
+from expertmesh.services.commands.common import Subparsers, add_settings, add_token_file
 
 DEFAULT_MODEL = "examples/demo-moe"
 
@@ -13,6 +13,7 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("model_dir", nargs="?", default=DEFAULT_MODEL)
     parser.add_argument("--keep", action="store_true", help="leave the mesh up until Ctrl-C")
     add_settings(parser)
+    add_token_file(parser)
     parser.set_defaults(run=run)
 
 
@@ -25,4 +26,5 @@ def run(args: argparse.Namespace) -> int:
 
     free_ports = {"router.port": 0, "gateway.port": 0}
     settings = settings_from(args, model=args.model_dir, **({} if args.keep else free_ports))
-    return asyncio.run(run_demo(settings, progress_printer(), keep=args.keep))
+    demo = run_demo(settings, progress_printer(), keep=args.keep, token_file=args.token_file)
+    return asyncio.run(demo)

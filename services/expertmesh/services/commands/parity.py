@@ -2,7 +2,7 @@
 
 import argparse
 
-from expertmesh.services.commands.common import Subparsers, add_settings
+from expertmesh.services.commands.common import Subparsers, add_settings, add_token_file
 
 
 def add(subparsers: Subparsers) -> None:
@@ -10,6 +10,7 @@ def add(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("parity", help="compare a served checkpoint with transformers")
     parser.add_argument("model_dir")
     add_settings(parser)
+    add_token_file(parser)
     parser.set_defaults(run=run)
 
 
@@ -22,4 +23,4 @@ def run(args: argparse.Namespace) -> int:
 
     free_ports = {"router.port": 0, "gateway.port": 0}
     settings = settings_from(args, model=args.model_dir, **free_ports)
-    return asyncio.run(run_parity(settings, progress_printer()))
+    return asyncio.run(run_parity(settings, progress_printer(), args.token_file))

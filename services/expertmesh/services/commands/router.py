@@ -18,7 +18,10 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_from(args)
     if settings.redis.url is None:
         raise ConfigError("redis.url: a router of its own needs a Redis", field="redis.url")
-    from expertmesh.services.router import run_router
+    from expertmesh.runtime.imports import collector_paused
+
+    with collector_paused():
+        from expertmesh.services.router import run_router
 
     run_router(settings, settings.redis.url)
     return 0

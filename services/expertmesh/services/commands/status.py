@@ -4,7 +4,12 @@ import argparse
 import asyncio
 import time
 
-from expertmesh.services.commands.common import DEFAULT_ROUTER, Subparsers
+from expertmesh.services.commands.common import (
+    DEFAULT_ROUTER,
+    Subparsers,
+    access_from,
+    add_access,
+)
 
 REFRESH_S = 0.5
 
@@ -16,8 +21,12 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--once", action="store_true", help="print once and exit")
     parser.add_argument("--json", action="store_true", help="print once, machine-readable")
     parser.add_argument(
+        "--usage", action="store_true", help="print rows routed to each expert, as CSV for `plan`"
+    )
+    parser.add_argument(
         "--wait", type=float, metavar="SECONDS", help="first wait until the target is serving"
     )
+    add_access(parser)
     parser.set_defaults(run=run)
 
 
@@ -28,12 +37,16 @@ def run(args: argparse.Namespace) -> int:
     from rich.live import Live
 
     from expertmesh.services.health import wait_serving
+    from expertmesh.services.planning.popularity import usage_csv
     from expertmesh.services.status import MeshView, table
 
+    access = access_from(args)
     if args.wait:
-        asyncio.run(wait_serving(args.target, args.wait))
-    with MeshView(args.target) as view:
-        if args.json:
+        asyncio.run(wait_serving(args.target, args.wait, access=access))
+    with MeshView(args.target, access) as view:
+        if args.usage:
+            print(usage_csv(view.usage()))
+        elif args.json:
             print(MessageToJson(view.read(), preserving_proto_field_name=True))
         elif args.once:
             Console().print(table(view.read()))

@@ -1,14 +1,16 @@
 """The engine over transformers' continuous batching: all requests share each forward.
 
 Uses two internal methods of transformers 5.23's manager, so that a failed forward costs the
-requests of its batch and nothing else; as shipped, it ends the generation thread for good.
+requests of its batch and nothing else; as shipped, it ends the generation thread for good. And its
+list of the requests of a batch, to tell each what missing experts cost it.
 """
 
 import asyncio
 import copy
 import itertools
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 import torch
@@ -20,11 +22,14 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 
 from expertmesh.runtime.errors import InsufficientMemory, InternalError
+from expertmesh.runtime.missing_experts import DegradedMass
+from expertmesh.services.forward_scope import ForwardScope, Serving, to_nobody
 from expertmesh.services.gateway.engine_config import EngineConfig
 from expertmesh.services.gateway.paged_attention import use_separate_attention
 from expertmesh.services.gateway.per_request import per_request_processors, sampling_kwargs
 from expertmesh.services.gateway.sampling import GenerationRequest
 from expertmesh.services.gateway.token_stream import Admission, TokenStream, typed_error
+from expertmesh.services.gateway.turnstile import Turnstile
 
 
 def why_not_continuous(model: Any) -> str | None:
@@ -58,12 +63,15 @@ class ContinuousEngine:
         config: sizes; sized explicitly as transformers' own estimate takes seconds and memory.
     """
 
-    def __init__(self, model: Any, config: EngineConfig) -> None:
+    def __init__(self, model: Any, config: EngineConfig, serving: Serving = to_nobody) -> None:
         use_separate_attention()
         self._config = config
         self._vocab_size = model.config.get_text_config().vocab_size
-        self._admission = Admission(config.max_running + config.max_waiting)
+        max_open = config.max_running + config.max_waiting
+        self._admission = Admission(max_open, config.max_prompt_tokens)
+        self._turnstile = Turnstile(config.max_running)
         self._streams: dict[str, TokenStream] = {}
+        self._degraded: dict[str, DegradedMass] = {}
         self._ids = itertools.count()
         self._manager = _Manager(
             model=model,
@@ -72,6 +80,7 @@ class ContinuousEngine:
             ),
             continuous_batching_config=_batching_config(config),
         )
+        self._manager.serve_as = lambda batch: serving(self._scope(batch))
         self._manager.logit_processor = per_request_processors(self._vocab_size)
 
     @property
@@ -92,21 +101,33 @@ class ContinuousEngine:
     def is_alive(self) -> bool:
         return self._manager.is_running() and not self._admission.closing
 
-    async def submit(self, request: GenerationRequest) -> AsyncGenerator[list[int], None]:
-        with self._admission.admit():
-            request_id, stream = str(next(self._ids)), TokenStream()
-            self._streams[request_id] = stream
-            try:
-                self._add(request_id, request)
-                async for tokens in stream.batches():
+    async def submit(
+        self, request: GenerationRequest, degraded: DegradedMass | None = None
+    ) -> AsyncGenerator[list[int], None]:
+        with self._admission.admit(len(request.prompt)):
+            turn = self._turnstile.turn(request.origin, request.num_tokens)
+            async with turn, aclosing(self._run(request, degraded or DegradedMass())) as steps:
+                async for tokens in steps:
                     yield tokens
-            finally:
-                del self._streams[request_id]
-                if not stream.finished:
-                    self._manager.cancel_request(request_id)
+
+    async def _run(
+        self, request: GenerationRequest, degraded: DegradedMass
+    ) -> AsyncGenerator[list[int], None]:
+        request_id, stream = str(next(self._ids)), TokenStream()
+        self._streams[request_id] = stream
+        self._degraded[request_id] = degraded
+        try:
+            self._add(request_id, request)
+            async for tokens in stream.batches():
+                yield tokens
+        finally:
+            del self._streams[request_id], self._degraded[request_id]
+            if not stream.finished:
+                self._manager.cancel_request(request_id)
 
     async def close(self, drain_s: float = 0.0) -> None:
         await self._admission.drain(drain_s)
+        self._turnstile.close()
         await asyncio.to_thread(self._manager.stop, block=True, hard_stop=True)
         self._manager.destroy()
 
@@ -121,6 +142,16 @@ class ContinuousEngine:
         )
         if accepted is None:
             raise InternalError("the generation thread has ended; the gateway's log says why")
+
+    def _scope(self, batch: list[Any]) -> ForwardScope:
+        """Of the next forward, whose tokens lie request after request."""
+        nobody = DegradedMass()  # of a request that has ended since
+        return ForwardScope(
+            shares=[
+                (own.query_length, self._degraded.get(own.state.request_id, nobody))
+                for own in batch
+            ]
+        )
 
     def on_outputs(self, outputs: list[Any]) -> None:
         """Called on the event loop after each step; an output has all its request's tokens."""
@@ -144,6 +175,7 @@ def _batching_config(config: EngineConfig) -> ContinuousBatchingConfig:
         num_blocks=math.ceil(config.kv_cache_tokens / config.page_size),
         max_batch_tokens=config.max_batch_tokens,
         max_requests_per_batch=config.max_running,
+        allow_block_sharing=config.share_prefixes,
         auto_switch_to_flash=config.flash_attention,
         # remote calls can neither be captured in a graph nor compiled
         use_cuda_graph=False,
@@ -179,9 +211,14 @@ class _StepFailed(Exception):
 class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
     """Survives errors: transformers' loop fails every request and ends its thread on any."""
 
+    serve_as: Callable[[list[Any]], AbstractContextManager[None]]
+    """Around the forward of these requests (transformers' FutureRequestState)."""
+
     def _generation_step(self) -> None:
+        batch = self.batch_processor.inputs_and_outputs.requests_in_batch
         try:
-            super()._generation_step()
+            with self.serve_as(batch):
+                super()._generation_step()
         except Exception as error:
             raise _StepFailed(error) from error
 

@@ -5,39 +5,18 @@
 
 from ray import serve
 
-from expertmesh.services.settings import Dtype, GatewaySettings
+from expertmesh.runtime.imports import collector_paused
+from expertmesh.services.gateway.args import GatewayArgs
 
-
-class GatewayArgs(GatewaySettings):
-    """A gateway: its own settings and what it shares with the mesh."""
-
-    model_dir: str
-    """Hugging Face checkpoint directory; the dense part is read from it."""
-    model: str
-    """Name of the model in requests."""
-    redis_url: str
-    """Where the replicas' heartbeats are."""
-    mesh: str
-    """Name space in Redis."""
-    dtype: Dtype
-    """Compute dtype."""
-    deterministic: bool
-    """Let "auto" take the exact engine, as batching prompts changes bits."""
-    max_message_bytes: int
-    """Largest gRPC message accepted or sent."""
-    otlp_endpoint: str | None
-    """OpenTelemetry collector, or none."""
-    trace_sample_frac: float = 1.0
-    """Share of the traces that begin at the gateway and are recorded."""
-    log_level: str
-    """Level of the gateway's log."""
+_CLOSING_S = 20.0  # for what comes after the calls: the engine, the last telemetry
 
 
 class GatewayDeployment:
     """What Serve runs: the gateway on Serve's user loop."""
 
     async def __init__(self, args: GatewayArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        from expertmesh.services.gateway.gateway import Gateway  # torch is imported here
+        with collector_paused():
+            from expertmesh.services.gateway.gateway import Gateway  # torch is imported here
 
         self._gateway: Gateway | None = None
         self._gateway = await Gateway.start(args)
@@ -62,6 +41,6 @@ def build(args: GatewayArgs) -> serve.Application:
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=30.0,
+        graceful_shutdown_timeout_s=args.drain_s + _CLOSING_S,
     )
     return deployment(GatewayDeployment).bind(args)

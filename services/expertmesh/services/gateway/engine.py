@@ -5,6 +5,8 @@ from collections.abc import AsyncGenerator
 from typing import Any, Literal, Protocol
 
 from expertmesh.runtime.errors import ConfigError
+from expertmesh.runtime.missing_experts import DegradedMass
+from expertmesh.services.forward_scope import Serving, to_nobody
 from expertmesh.services.gateway.continuous import ContinuousEngine, why_not_continuous
 from expertmesh.services.gateway.engine_config import EngineConfig
 from expertmesh.services.gateway.exact import ExactEngine
@@ -30,8 +32,13 @@ class Engine(Protocol):
         """Whether it can take requests: false once it has failed for good or is closed."""
         ...
 
-    def submit(self, request: GenerationRequest) -> AsyncGenerator[list[int], None]:
+    def submit(
+        self, request: GenerationRequest, degraded: DegradedMass | None = None
+    ) -> AsyncGenerator[list[int], None]:
         """The new token ids of each step, the end-of-sequence token included.
+
+        Args:
+            degraded: counts what missing experts cost the request.
 
         Ends after max_new_tokens or an end-of-sequence token. Closing it earlier frees its slot.
 
@@ -48,8 +55,13 @@ class Engine(Protocol):
         ...
 
 
-def choose_engine(model: Any, kind: EngineKind, config: EngineConfig) -> Engine:
+def choose_engine(
+    model: Any, kind: EngineKind, config: EngineConfig, serving: Serving = to_nobody
+) -> Engine:
     """The engine of that kind over `model`; "auto" is continuous batching where it can be.
+
+    Args:
+        serving: tells the model's experts whom a forward is for.
 
     Raises:
         ConfigError: "continuous" for a model that transformers' continuous batching cannot run.
@@ -58,9 +70,9 @@ def choose_engine(model: Any, kind: EngineKind, config: EngineConfig) -> Engine:
     if kind == "exact" or (kind == "auto" and reason):
         if kind == "auto":
             _log.warning("one request at a time: no continuous batching, because %s", reason)
-        return ExactEngine(model, config)
+        return ExactEngine(model, config, serving)
     if reason:
         raise ConfigError.of(
             "engine", expected="'exact' or 'auto' for this model", got=f"'continuous': {reason}"
         )
-    return ContinuousEngine(model, config)
+    return ContinuousEngine(model, config, serving)

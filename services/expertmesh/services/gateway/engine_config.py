@@ -18,6 +18,10 @@ class EngineConfig:
     """Requests in one batch."""
     max_waiting: int = 256
     """Requests accepted while `max_running` are running; one more is QueueFull."""
+    max_prompt_tokens: int = 1 << 20
+    """Tokens of the prompts of all of them; more are QueueFull."""
+    share_prefixes: bool = True
+    """Let continuous batching reuse keys and values of prompts that begin alike."""
     flash_attention: bool = False
     """Let continuous batching switch to an installed flash attention: faster on a GPU, but other
     bits than transformers' default attention."""

@@ -11,9 +11,12 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from expertmesh.runtime.missing_experts import DegradedMass
+from expertmesh.services.forward_scope import ForwardScope, Serving, to_nobody, whole
 from expertmesh.services.gateway.engine_config import EngineConfig
 from expertmesh.services.gateway.sampling import GenerationRequest
 from expertmesh.services.gateway.token_stream import Admission, TokenStream, typed_error
+from expertmesh.services.gateway.turnstile import Turnstile
 
 
 class ExactEngine:
@@ -22,9 +25,11 @@ class ExactEngine:
     For architectures that continuous batching cannot run, and for whoever wants a seed honoured.
     """
 
-    def __init__(self, model: Any, config: EngineConfig) -> None:
+    def __init__(self, model: Any, config: EngineConfig, serving: Serving = to_nobody) -> None:
         self._model = model
-        self._admission = Admission(1 + config.max_waiting)
+        self._serving = serving
+        self._admission = Admission(1 + config.max_waiting, config.max_prompt_tokens)
+        self._turnstile = Turnstile(1)
         # OpenMP's number of threads belongs to the thread; asking torch for it makes torch set it
         self._worker = ThreadPoolExecutor(1, "generate", torch.get_num_threads)
         self._stop_all = threading.Event()
@@ -39,35 +44,41 @@ class ExactEngine:
     def is_alive(self) -> bool:
         return not self._admission.closing
 
-    async def submit(self, request: GenerationRequest) -> AsyncGenerator[list[int], None]:
-        with self._admission.admit():
-            run = _Run(asyncio.get_running_loop(), TokenStream(), self._stop_all)
-            self._worker.submit(self._generate, request, run)
-            try:
-                async for tokens in run.stream.batches():
-                    yield tokens
-            finally:
-                run.cancelled.set()
+    async def submit(
+        self, request: GenerationRequest, degraded: DegradedMass | None = None
+    ) -> AsyncGenerator[list[int], None]:
+        with self._admission.admit(len(request.prompt)):
+            async with self._turnstile.turn(request.origin, request.num_tokens):
+                run = _Run(asyncio.get_running_loop(), TokenStream(), self._stop_all)
+                scope = whole(degraded or DegradedMass(), request.routing)
+                self._worker.submit(self._generate, request, run, scope)
+                try:
+                    async for tokens in run.stream.batches():
+                        yield tokens
+                finally:
+                    run.cancelled.set()
 
     async def close(self, drain_s: float = 0.0) -> None:
         await self._admission.drain(drain_s)
+        self._turnstile.close()
         self._stop_all.set()
         await asyncio.to_thread(self._worker.shutdown)
 
-    def _generate(self, request: GenerationRequest, run: "_Run") -> None:
+    def _generate(self, request: GenerationRequest, run: "_Run", scope: ForwardScope) -> None:
         """In the worker thread."""
         error: Exception | None = None
         try:
             if not run.is_over():
                 _seed(request)
                 prompt_1S = torch.tensor([request.prompt], device=self._model.device)
-                self._model.generate(
-                    prompt_1S,
-                    attention_mask=torch.ones_like(prompt_1S),
-                    generation_config=_generation_config(self._model, request),
-                    streamer=_Streamer(run.push),
-                    stopping_criteria=StoppingCriteriaList([run.stops]),
-                )
+                with self._serving(scope):
+                    self._model.generate(
+                        prompt_1S,
+                        attention_mask=torch.ones_like(prompt_1S),
+                        generation_config=_generation_config(self._model, request),
+                        streamer=_Streamer(run.push),
+                        stopping_criteria=StoppingCriteriaList([run.stops]),
+                    )
         except Exception as raised:  # the thread's edge: it goes to the request's consumer
             error = raised
         run.end(error)
@@ -136,7 +147,7 @@ def _generation_config(model: Any, request: GenerationRequest) -> Any:
         temperature=request.temperature if request.do_sample else None,
         top_k=request.top_k if request.do_sample else None,
         top_p=request.top_p if request.do_sample else None,
-        eos_token_id=sorted(request.eos_ids) or None,
+        eos_token_id=sorted(request.eos_ids),  # not None: generate would take the model's own
         disable_compile=True,  # remote calls cannot be compiled
     )
     if config.pad_token_id is None:

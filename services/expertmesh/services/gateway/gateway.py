@@ -16,27 +16,37 @@ from transformers import AutoTokenizer
 from expertmesh.client.skeleton import load_skeleton, share_skeleton
 from expertmesh.router import control
 from expertmesh.router.core import RouterCore
+from expertmesh.router.lenient import LenientCalls
+from expertmesh.router.selector import Selector
 from expertmesh.router.served_model import ServedModel as RoutedModel
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import Unavailable
+from expertmesh.runtime.heap import keep_freed_memory
 from expertmesh.runtime.hf_config import load_config
 from expertmesh.runtime.json_logs import setup_logging
+from expertmesh.runtime.security.server import mesh_access
 from expertmesh.runtime.server import MeshServer
 from expertmesh.runtime.state import MeshWatcher
+from expertmesh.runtime.state.scaling import ScalingBoard
 from expertmesh.runtime.telemetry import Telemetry, configure
 from expertmesh.services.callers import CoreCaller
 from expertmesh.services.checkpoints import model_dtype
-from expertmesh.services.gateway.deployment import GatewayArgs
+from expertmesh.services.gateway.args import GatewayArgs
+from expertmesh.services.gateway.continuous import ContinuousEngine
 from expertmesh.services.gateway.engine import Engine, EngineKind, choose_engine
 from expertmesh.services.gateway.engine_config import EngineConfig
+from expertmesh.services.gateway.request_routing import RequestRouting
 from expertmesh.services.gateway.sampling import limits_of
 from expertmesh.services.gateway.servicer import SERVICE, GenerateServicer, ServedModel
-from expertmesh.services.router import serve_when_complete
+from expertmesh.services.router import selector_for, serve_when_complete
+from expertmesh.services.security import public_security
 from expertmesh.v1 import control_pb2_grpc, generate_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-_STOP_GRACE_S = 10.0
+_ENGINE_GRACE_S = 10.0
+MAX_REQUEST_BYTES = 4 << 20
+"""Of a prompt, or of tokens to score: more than a million tokens. Only answers are larger."""
 
 
 class Gateway:
@@ -71,20 +81,39 @@ class Gateway:
         stack.callback(telemetry.shutdown)
         caller = CoreCaller(asyncio.get_running_loop())
         model = await asyncio.to_thread(_load, args, caller)
+        keep_freed_memory()
         scorer = share_skeleton(model)  # before the engine changes the model's attention
         core = await self._open_core(stack, model, telemetry)
-        caller.core = core
-        engine = choose_engine(model, _engine_kind(args), _engine_config(args))
+        routed = RoutedModel(args.model, Checkpoint.open(args.model_dir), model.config, model.dtype)
+        selector = selector_for(args.selection, routed, core, telemetry, args.missing_experts)
+        caller.core, caller.selector, caller.policy = core, selector, args.missing_experts
+        caller.lenient = LenientCalls(core, telemetry.metrics)
+        engine = choose_engine(model, _engine_kind(args), _engine_config(args), caller.serving)
         await engine.start()
-        stack.push_async_callback(engine.close, _STOP_GRACE_S)
+        stack.push_async_callback(engine.close, _ENGINE_GRACE_S)
         self._engine = engine
-        served = _served(args, scorer, engine)
-        servicer = GenerateServicer(served, telemetry, max_response_bytes=args.max_message_bytes)
-        caller.callers = servicer.traceparents
+        servicer = GenerateServicer(
+            _served(args, routed, scorer, engine),
+            telemetry,
+            max_response_bytes=args.max_message_bytes,
+            routing=_routing(args, selector, core, engine),
+            serving=caller.serving,
+        )
+        running = servicer.running
+        caller.callers, caller.origin = running.traceparents, running.origin
         stack.callback(servicer.close)
-        server = self._server(servicer, core)
+        return await self._listen(stack, servicer, core)
+
+    async def _listen(
+        self, stack: AsyncExitStack, servicer: GenerateServicer, core: RouterCore
+    ) -> str:
+        args = self._args
+        board = await stack.enter_async_context(
+            ScalingBoard(args.redis_url, args.mesh, args.redis_secrets)
+        )
+        server = self._server(servicer, core, board)
         port = await server.start(args.host, args.port, serving=False)
-        stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        stack.push_async_callback(server.stop, args.drain_s)
         ready = asyncio.create_task(serve_when_complete(core, server))
         stack.callback(ready.cancel)
         return f"{args.host}:{port}"
@@ -94,26 +123,44 @@ class Gateway:
     ) -> RouterCore:
         args = self._args
         core = RouterCore(
-            args.model, experts_of(model), telemetry, max_message_bytes=args.max_message_bytes
+            args.model,
+            experts_of(model),
+            telemetry,
+            max_message_bytes=args.max_message_bytes,
+            failover=args.failover,
+            access=mesh_access(args.security.tls, args.mesh),
         )
         stack.push_async_callback(core.close)
         self._watcher = await stack.enter_async_context(
-            MeshWatcher(args.redis_url, args.mesh, core.on_state, core.on_gone)
+            MeshWatcher(
+                args.redis_url,
+                args.mesh,
+                core.on_state,
+                core.on_gone,
+                secrets=args.redis_secrets,
+            )
         )
         return core
 
-    def _server(self, servicer: GenerateServicer, core: RouterCore) -> MeshServer:
+    def _server(
+        self, servicer: GenerateServicer, core: RouterCore, board: ScalingBoard
+    ) -> MeshServer:
         watcher = self._watcher
         view = control.ControlServicer(
-            self._args.mesh, core, lambda: (watcher.connected, watcher.redis_age_s)
+            self._args.mesh, core, board, lambda: (watcher.connected, watcher.redis_age_s)
         )
 
         def add(server: Any) -> None:
             generate_pb2_grpc.add_GenerateServiceServicer_to_server(servicer, server)
             control_pb2_grpc.add_ControlServiceServicer_to_server(view, server)
 
-        limit = self._args.max_message_bytes
-        return MeshServer([SERVICE, control.SERVICE], add, max_message_bytes=limit)
+        return MeshServer(
+            [SERVICE, control.SERVICE],
+            add,
+            max_message_bytes=self._args.max_message_bytes,
+            max_request_bytes=MAX_REQUEST_BYTES,
+            security=public_security(self._args.security, self._args.mesh),
+        )
 
     def check_health(self) -> None:
         """Raises Unavailable when the engine cannot take requests any more."""
@@ -146,12 +193,20 @@ def _engine_config(args: GatewayArgs) -> EngineConfig:
         kv_cache_tokens=args.kv_cache_tokens,
         max_running=args.max_running,
         max_waiting=args.max_waiting,
+        max_prompt_tokens=args.max_prompt_tokens,
+        # what was computed while experts were missing would go into others' answers unannounced
+        share_prefixes=args.missing_experts == "strict",
     )
 
 
-def _served(args: GatewayArgs, scorer: Any, engine: Engine) -> ServedModel:
-    checkpoint = Checkpoint.open(args.model_dir)
-    routed = RoutedModel(args.model, checkpoint, scorer.config, scorer.dtype)
+def _routing(
+    args: GatewayArgs, selector: Selector, core: RouterCore, engine: Engine
+) -> RequestRouting:
+    is_batched = isinstance(engine, ContinuousEngine)
+    return RequestRouting(args.missing_experts, selector, core.num_experts, is_batched=is_batched)
+
+
+def _served(args: GatewayArgs, routed: RoutedModel, scorer: Any, engine: Engine) -> ServedModel:
     return ServedModel(
         info=routed.info(),
         engine=engine,

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from expertmesh.runtime.errors import InvalidInput
+from expertmesh.runtime.origin import ANYONE, Origin
+from expertmesh.services.forward_scope import RoutingOptions
 from expertmesh.v1 import generate_pb2 as pb
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -41,6 +43,13 @@ class GenerationRequest:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    routing: RoutingOptions = field(default_factory=RoutingOptions)
+    origin: Origin = ANYONE
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and the longest answer."""
+        return len(self.prompt) + self.max_new_tokens
 
 
 def limits_of(model: Any, max_positions: int | None = None) -> Limits:

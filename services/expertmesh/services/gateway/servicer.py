@@ -4,12 +4,11 @@ Shape suffixes: B batch, S sequence length, V vocabulary.
 """
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -23,13 +22,21 @@ from expertmesh.runtime.errors import (
     MessageTooLarge,
     UnknownModel,
 )
-from expertmesh.runtime.telemetry import Telemetry, inject, traceparent_of
+from expertmesh.runtime.missing_experts import DegradedMass
+from expertmesh.runtime.origin import Origin, caller_of, priority_of
+from expertmesh.runtime.telemetry import Telemetry
+from expertmesh.runtime.trace_context import inject, traceparent_of
+from expertmesh.services.forward_scope import Serving, to_nobody, whole
 from expertmesh.services.gateway.engine import Engine
+from expertmesh.services.gateway.prompt import prompt_of
+from expertmesh.services.gateway.request_routing import RequestRouting
+from expertmesh.services.gateway.running import RunningCalls
 from expertmesh.services.gateway.sampling import GenerationRequest, Limits, to_request
+from expertmesh.services.gateway.scoring import forward, score_mask, score_tokens
 from expertmesh.services.gateway.text_stream import TextStream
 from expertmesh.services.gateway.token_stream import Admission
 from expertmesh.v1 import generate_pb2 as pb
-from expertmesh.v1 import generate_pb2_grpc, router_pb2, tensor_pb2
+from expertmesh.v1 import generate_pb2_grpc, router_pb2
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerateService"].full_name
 STAGE = "gateway"
@@ -84,6 +91,7 @@ class _Answer:
 
     request: GenerationRequest
     text: TextStream
+    degraded: DegradedMass = field(default_factory=DegradedMass)
     num_tokens: int = 0
     finish: pb.FinishReason.ValueType = pb.FINISH_REASON_UNSPECIFIED
     _pieces: list[str] = field(default_factory=list)
@@ -97,7 +105,10 @@ class _Answer:
             if self.finish:
                 break
         message = pb.GenerateResponse(
-            tokens=used, text="".join(self._pieces), finish_reason=self.finish
+            tokens=used,
+            text="".join(self._pieces),
+            finish_reason=self.finish,
+            degraded_mass=self.degraded.to_proto(),
         )
         self._pieces.clear()
         if self.finish:
@@ -132,6 +143,8 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         model: with a started engine.
         max_response_bytes: the largest message this server sends; bounds `Score`.
         max_waiting_scores: Score calls that may wait for the one running.
+        routing: what requests may ask for.
+        serving: tells the model's experts whom a forward is for.
     """
 
     def __init__(
@@ -141,18 +154,17 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         *,
         max_response_bytes: int,
         max_waiting_scores: int = 16,
+        routing: RequestRouting | None = None,
+        serving: Serving = to_nobody,
     ) -> None:
         self._model = model
         self._telemetry = telemetry
-        self._traces: dict[int, str] = {}
-        self._keys = itertools.count()
+        self.running = RunningCalls()
         self._max_response_bytes = max_response_bytes
+        self._routing = routing or RequestRouting()
+        self._serving = serving
         self._scores = Admission(1 + max_waiting_scores)
         self._score_worker = ThreadPoolExecutor(1, "score", torch.get_num_threads)
-
-    def traceparents(self) -> tuple[str, ...]:
-        """Of the calls that run now: a forward of the engine belongs to all of them."""
-        return tuple(self._traces.values())
 
     def close(self) -> None:
         """Waits for a running Score; takes no more."""
@@ -170,13 +182,17 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             UnknownModel, InvalidInput: before anything is computed.
             ExpertMeshError: as `Engine.submit` raises.
         """
-        with self._traced(context, "Generate"):
+        origin = Origin(caller_of(context), priority_of(request.priority))
+        with self._traced(context, "Generate", origin):
             model = self._named(request.model)
             defaults = model.scorer.generation_config
-            asked = to_request(request, model.tokenize(request), defaults, model.limits)
+            prompt = await prompt_of(request, model.tokenize, model.limits)
+            asked = to_request(request, prompt, defaults, model.limits)
+            routing = await self._routing.of_generate(request)
+            asked = replace(asked, routing=routing, origin=origin)
             answer = _Answer(asked, model.text_stream(asked.stop))
             started_s = time.monotonic()
-            async with aclosing(model.engine.submit(asked)) as steps:
+            async with aclosing(model.engine.submit(asked, answer.degraded)) as steps:
                 async for tokens in steps:
                     self._measure(answer, len(tokens), started_s)
                     yield answer.step(tokens)
@@ -184,22 +200,18 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
                         return
 
     @contextmanager
-    def _traced(self, context: Any, method: str) -> Iterator[None]:
-        """The call's span, counted, and known to `traceparents` while it runs."""
+    def _traced(self, context: Any, method: str, origin: Origin) -> Iterator[None]:
+        """The call's span, counted, and one of the running calls."""
         metrics = self._telemetry.metrics
         metrics.calls.add(1, STAGE, method)
         parent = traceparent_of(context.invocation_metadata()) if self._telemetry.enabled else ""
         with self._telemetry.span(f"gateway.{method}", parent=parent, kind=SpanKind.SERVER):
-            key = next(self._keys)
-            if self._telemetry.enabled:
-                self._traces[key] = inject()
             try:
-                yield
+                with self.running.holding(origin, inject() if self._telemetry.enabled else ""):
+                    yield
             except ExpertMeshError as error:
                 metrics.errors.add(1, STAGE, error.code.name)
                 raise
-            finally:
-                self._traces.pop(key, None)
 
     def _measure(self, answer: "_Answer", num_tokens: int, started_s: float) -> None:
         metrics, name = self._telemetry.metrics, self._model.info.name
@@ -219,17 +231,23 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             UnknownModel, InvalidInput, MessageTooLarge: before anything is computed.
             QueueFull: too many calls wait.
         """
-        with self._traced(context, "Score"):
+        with self._traced(context, "Score", Origin(caller_of(context))):
             model = self._named(request.model)
-            tokens_BS = _score_tokens(request.tokens, model.limits)
-            mask_BS = _score_mask(request, tokens_BS.shape)
+            tokens_BS = score_tokens(request.tokens, model.limits)
+            mask_BS = score_mask(request, tokens_BS.shape)
             self._check_size(tokens_BS, model)
-            loop = asyncio.get_running_loop()
+            options = await self._routing.of_score(request)
+            degraded = DegradedMass()
+
+            def scored() -> torch.Tensor:
+                with self._serving(whole(degraded, options)):
+                    return forward(model.scorer, tokens_BS, mask_BS)
+
             with self._scores.admit():
-                logits_BSV = await loop.run_in_executor(
-                    self._score_worker, _forward, model.scorer, tokens_BS, mask_BS
-                )
-            return pb.ScoreResponse(logits=tensors.to_proto(logits_BSV))
+                loop = asyncio.get_running_loop()
+                logits_BSV = await loop.run_in_executor(self._score_worker, scored)
+            logits = tensors.to_proto(logits_BSV)
+            return pb.ScoreResponse(logits=logits, degraded_mass=degraded.to_proto())
 
     async def ListModels(
         self,
@@ -258,37 +276,3 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
                 num_bytes=num_bytes,
                 max_message_bytes=self._max_response_bytes,
             )
-
-
-def _forward(model: Any, tokens_BS: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
-    mask = None if mask_BS is None else mask_BS.to(model.device)
-    with torch.no_grad():
-        logits: torch.Tensor = model(tokens_BS.to(model.device), attention_mask=mask).logits
-    return logits
-
-
-def _score_tokens(message: tensor_pb2.Tensor, limits: Limits) -> torch.Tensor:
-    tokens_BS = tensors.from_proto(message, "tokens")
-    if tokens_BS.dtype != torch.int64 or tokens_BS.dim() != 2 or not tokens_BS.numel():
-        got = f"{tensors.dtype_name(tokens_BS.dtype)}{list(tokens_BS.shape)}"
-        raise InvalidInput.of("tokens", expected="int64 [B, S], not empty", got=got)
-    if tokens_BS.shape[1] > limits.max_positions:
-        expected = f"at most {limits.max_positions} positions"
-        raise InvalidInput.of("tokens", expected=expected, got=tokens_BS.shape[1])
-    lowest, highest = (int(bound) for bound in tokens_BS.aminmax())
-    if lowest < 0 or highest >= limits.vocab_size:
-        expected = f"ids from 0 to {limits.vocab_size - 1}"
-        raise InvalidInput.of("tokens", expected=expected, got=f"{lowest} to {highest}")
-    return tokens_BS
-
-
-def _score_mask(request: pb.ScoreRequest, shape: torch.Size) -> torch.Tensor | None:
-    if not request.HasField("mask"):
-        return None
-    mask_BS = tensors.from_proto(request.mask, "mask")
-    if mask_BS.dtype != torch.int64 or mask_BS.shape != shape:
-        got = f"{tensors.dtype_name(mask_BS.dtype)}{list(mask_BS.shape)}"
-        raise InvalidInput.of("mask", expected=f"int64 {list(shape)} as tokens", got=got)
-    if not bool(((mask_BS == 0) | (mask_BS == 1)).all()):
-        raise InvalidInput.of("mask", expected="0 or 1", got="other values")
-    return mask_BS

@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+import sys
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 
 from expertmesh.runtime.errors import Draining, ExpertMeshError, InternalError, QueueFull
 
 _log = logging.getLogger(__name__)
+_EWMA_WEIGHT = 0.1
 
 
 class TokenStream:
@@ -49,38 +52,68 @@ class TokenStream:
 
 
 class Admission:
-    """Counts the open requests of an engine, refuses too many, and waits for them to end."""
+    """Counts the open requests of an engine, refuses too many, and waits for them to end.
 
-    def __init__(self, max_open: int) -> None:
+    Args:
+        max_open: requests.
+        max_tokens: tokens of their prompts; a request alone may have more.
+    """
+
+    def __init__(self, max_open: int, max_tokens: int = sys.maxsize) -> None:
         self._max_open = max_open
+        self._max_tokens = max_tokens
         self._num_open = 0
+        self._num_tokens = 0
+        self._request_s = 0.0
+        """Exponentially weighted mean time of a request."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.closing = False
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
+    def admit(self, num_tokens: int = 0) -> Iterator[None]:
         """Holds one place.
+
+        Args:
+            num_tokens: of its prompt.
 
         Raises:
             QueueFull, Draining: see `Engine.submit`.
         """
         if self.closing:
             raise Draining("the gateway is stopping; ask another one")
+        self._check_room(num_tokens)
+        self._num_open += 1
+        self._num_tokens += num_tokens
+        self._idle.clear()
+        started_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+            self._num_tokens -= num_tokens
+            took_s = time.monotonic() - started_s
+            self._request_s += _EWMA_WEIGHT * (took_s - self._request_s)
+            if not self._num_open:
+                self._idle.set()
+
+    def _check_room(self, num_tokens: int) -> None:
         if self._num_open >= self._max_open:
             raise QueueFull(
                 f"{self._num_open} requests are running or waiting, the most this gateway takes; "
                 "retry later or raise max_waiting",
                 max_open=self._max_open,
-            )
-        self._num_open += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_open -= 1
-            if not self._num_open:
-                self._idle.set()
+            ).after(self._next_place_s())
+        if self._num_open and self._num_tokens + num_tokens > self._max_tokens:
+            raise QueueFull(
+                f"prompts of {self._num_tokens} tokens are running or waiting, and this gateway "
+                f"takes {self._max_tokens} at most; retry later or raise max_prompt_tokens",
+                max_prompt_tokens=self._max_tokens,
+            ).after(self._next_place_s())
+
+    def _next_place_s(self) -> float:
+        """Time until one of the open requests ends, if they end evenly."""
+        return self._request_s / max(1, self._num_open)
 
     async def drain(self, timeout_s: float) -> None:
         """Admits nothing from now on, and waits for the open requests at most this long."""
@@ -97,7 +130,7 @@ class Admission:
 def typed_error(error: Exception, *, closing: bool) -> ExpertMeshError:
     """The error one request sees for what a forward raised; several requests may share `error`."""
     if isinstance(error, ExpertMeshError):
-        own = type(error)(error.message, **error.fields)
+        own = type(error)(error.message, **error.fields).after(error.retry_after_s)
         own.__cause__ = error
         return own
     if closing:

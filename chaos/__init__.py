@@ -1,0 +1,1 @@
+"""What happens to calls when processes, hosts and networks fail: `python -m chaos`."""

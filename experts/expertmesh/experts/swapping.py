@@ -1,0 +1,93 @@
+"""What a replica is made of whose device cannot hold all its experts. Composed here only."""
+
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+
+from expertmesh.experts.arena import Arena, SlotPlan
+from expertmesh.experts.deployment import ExpertGroupArgs
+from expertmesh.experts.loader import ExpertLoader
+from expertmesh.experts.loads import Fill
+from expertmesh.experts.prefetch import CoActivation
+from expertmesh.experts.reader import ExpertReader
+from expertmesh.experts.residency import ExpertKey, Residency
+from expertmesh.experts.sizing import check_holds_one
+from expertmesh.experts.sources import CheckpointSource, HostCopies, Slowed
+from expertmesh.experts.stack import allocate_on_host
+from expertmesh.experts.swapped import SwappedFFN
+
+_HOST_HALF_LIFE_PER_EXPERT = 32.0
+"""Host memory sees only what the device has not, which is rarely the same expert twice in a row."""
+
+
+class Swapping(NamedTuple):
+    """Layers, and the loader that brings their weights; it is not started."""
+
+    layers: dict[int, SwappedFFN]
+    loader: ExpertLoader
+
+
+def swapping(
+    reader: ExpertReader,
+    plans: Mapping[ExpertKey, SlotPlan],
+    budget_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    args: ExpertGroupArgs,
+) -> Swapping:
+    """The layers of the experts planned for, under a budget that holds any one of them.
+
+    Raises:
+        ConfigError: `host_memory_bytes` is not 0 and holds no expert.
+    """
+    loader = ExpertLoader(
+        Residency(_sizes(plans), budget_bytes),
+        Arena(plans, budget_bytes, dtype, device),
+        _source(reader, plans, dtype, device, args),
+        device,
+    )
+    layers = sorted({key.layer for key in plans})
+    together, lock = CoActivation(layers), Lock()
+
+    def likely(layer: int, experts: Sequence[int]) -> Sequence[ExpertKey]:
+        if not args.prefetch:
+            return ()
+        with (
+            lock
+        ):  # while a batch that nobody waits for any more ends, the event loop may begin one
+            together.observe(layer, experts)
+            return [key for key in together.predict(layer, experts) if key in plans]
+
+    return Swapping(
+        {
+            layer: SwappedFFN(layer, reader.spec, reader.expert_shape(layer), loader, likely)
+            for layer in layers
+        },
+        loader,
+    )
+
+
+def _source(
+    reader: ExpertReader,
+    plans: Mapping[ExpertKey, SlotPlan],
+    dtype: torch.dtype,
+    device: torch.device,
+    args: ExpertGroupArgs,
+) -> Fill:
+    fill: Fill = CheckpointSource(reader, dtype).fill
+    sizes, budget_bytes = _sizes(plans), args.host_memory_bytes
+    if budget_bytes:
+        check_holds_one("experts.host_memory_bytes", budget_bytes, max(sizes.values()))
+        allocate = allocate_on_host(pinned=device.type == "cuda")
+        arena = Arena(plans, budget_bytes, dtype, torch.device("cpu"), allocate)
+        half_life = _HOST_HALF_LIFE_PER_EXPERT * len(sizes)
+        fill = HostCopies(Residency(sizes, budget_bytes, half_life), arena, fill).fill
+    if args.simulated_load_bytes_per_s:
+        fill = Slowed(fill, args.simulated_load_bytes_per_s).fill
+    return fill
+
+
+def _sizes(plans: Mapping[ExpertKey, SlotPlan]) -> dict[ExpertKey, int]:
+    return {key: plan.num_bytes for key, plan in plans.items()}

@@ -1,0 +1,1 @@
+"""The controller: watches which experts are popular, plans, and moves copies if it may."""
