@@ -20,6 +20,7 @@ import grpc
 from chaos.answers import CALLS, Answer, Call
 from expertmesh.client.failures import error_of
 from expertmesh.runtime.channels import channel_options
+from expertmesh.runtime.errors import ExpertMeshError
 
 RECORD = struct.Struct("<ddHHHH")
 """Start (s, CLOCK_MONOTONIC, which all processes of a host share), longest wait (s), kind of error
@@ -81,7 +82,7 @@ class _Caller:
         args = self._args
         options = [*channel_options(), ("grpc.enable_retries", int(args.retries))]
         async with grpc.aio.insecure_channel(args.target, options=options) as channel:
-            call = CALLS[args.method](channel)
+            call = CALLS[args.method](args.target, channel)
             each = len(self._batches) // args.callers or 1
             loops = (self._loop(call, number * each) for number in range(args.callers))
             await asyncio.gather(*loops)
@@ -98,19 +99,22 @@ class _Caller:
         kind, answer = 0, Answer(0, 0, 0, 0.0)
         try:
             answer = await call(request, expected, self._args.timeout_s)
-        except grpc.aio.AioRpcError as failure:
+        except (grpc.aio.AioRpcError, ExpertMeshError) as failure:
             answer = Answer(0, 0, 0, time.monotonic() - started_s)
-            kind = self._kind(failure)
+            kind = self._kind(_typed(failure))
         counts = (kind, answer.rows, answer.inexact, answer.not_numbers)
         self._write(RECORD.pack(started_s, answer.longest_s, *counts))
 
-    def _kind(self, failure: grpc.aio.AioRpcError) -> int:
-        error = error_of(failure)
-        key = failure.code().name, error.reason()
+    def _kind(self, error: ExpertMeshError) -> int:
+        key = error.code.name, error.reason()
         if key not in self._kinds:
             self._kinds[key] = len(self._kinds) + 1
             self.errors.append(ErrorKind(*key, error.message, error.fields))
         return self._kinds[key]
+
+
+def _typed(failure: "grpc.aio.AioRpcError | ExpertMeshError") -> ExpertMeshError:
+    return failure if isinstance(failure, ExpertMeshError) else error_of(failure)
 
 
 async def _main(args: CallerArgs, records: IO[bytes]) -> None:

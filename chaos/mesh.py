@@ -65,7 +65,7 @@ class Running:
     """A process of the mesh."""
 
     name: str
-    """Of a router, its address."""
+    """Of a router or gateway, its address."""
     pid: int
 
     def signal(self, number: signal.Signals) -> None:
@@ -180,16 +180,20 @@ class ChaosMesh:
         await wait_serving(address, _KNOWN_S)
         return started
 
-    async def gateway(self, **changes: Any) -> str:
-        """The address of a gateway that serves.
+    async def gateway(self, address: str = "", **changes: Any) -> Running:
+        """A gateway that serves.
 
         Args:
+            address: default a free port.
             changes: of `GatewayArgs`.
         """
-        process, wait = start_gateway(MODEL_DIR, self.redis.url, deterministic=True, **changes)
+        port = int(address.rpartition(":")[2] or 0)
+        process, wait = start_gateway(
+            MODEL_DIR, self.redis.url, deterministic=True, port=port, **changes
+        )
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
-        return await asyncio.to_thread(wait)
+        return Running(await asyncio.to_thread(wait), process.pid)
 
     async def known(self, *names: str) -> None:
         """Until every live router sends work to these replicas; without names, to all."""

@@ -30,6 +30,7 @@ DRILLS: dict[str, Callable[[Kept, bool], Awaitable[Drilled]]] = {
         state.redis_pause,
         routers.router_kill,
         gateways.gateway,
+        gateways.gateway_kill,
         logs.disk_full,
         clocks.clock_jump,
         hosts.ray_head,

@@ -19,7 +19,8 @@ from tests.mesh import MakeCheckpoint, Mesh
 from tests.reference_experts import load_model
 from transformers import AutoModelForCausalLM
 
-from expertmesh.client.generate import AsyncClient, Chunk, request_of
+from expertmesh.client.course import Chunk
+from expertmesh.client.generate import AsyncClient, request_of
 from expertmesh.client.hooks import attach_caller
 from expertmesh.runtime.errors import ExpertUnavailable, InvalidInput
 from expertmesh.runtime.missing_experts import to_proto as policy_to_proto

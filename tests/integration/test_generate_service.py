@@ -173,6 +173,19 @@ async def test_stop_string_ends_before_itself(gateway: Gateway) -> None:
     assert messages[-1].generated_tokens <= NUM_NEW
 
 
+@pytest.mark.parametrize("had", [1, NUM_NEW // 2, NUM_NEW - 1])
+async def test_an_answer_is_taken_up_in_the_middle(gateway: Gateway, had: int) -> None:
+    expected = gateway.generate()
+    messages = await answers(gateway.servicer, ask(generated=pb.TokenIds(ids=expected[:had])))
+    assert [token for message in messages for token in message.tokens] == expected[had:]
+    assert messages[0].position == had
+    before, all_of_it = (tokenizer().decode(expected[:n]) for n in (had, NUM_NEW))
+    assert before.rstrip("\ufffd") + "".join(message.text for message in messages) == all_of_it
+    last = messages[-1]
+    assert last.finish_reason == pb.FINISH_REASON_LENGTH
+    assert (last.prompt_tokens, last.generated_tokens) == (len(PROMPT), NUM_NEW)
+
+
 async def test_leaving_early_frees_the_slot(gateway: Gateway) -> None:
     context: Any = Caller()
     stream = gateway.servicer.Generate(ask(max_new_tokens=200), context)

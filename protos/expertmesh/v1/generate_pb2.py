@@ -27,29 +27,29 @@ from expertmesh.v1 import router_pb2 as expertmesh_dot_v1_dot_router__pb2
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpertmesh/v1/generate.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/priority.proto\x1a\x1a\x65xpertmesh/v1/router.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa5\x01\n\x0eSamplingParams\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\xe7\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.expertmesh.v1.SamplingParams\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x36\n\x0fmissing_experts\x18\x08 \x01(\x0e\x32\x1d.expertmesh.v1.MissingExperts\x12\x32\n\tselection\x18\t \x01(\x0b\x32\x1f.expertmesh.v1.SelectionOptions\x12)\n\x08priority\x18\x0c \x01(\x0e\x32\x17.expertmesh.v1.PriorityB\x08\n\x06prompt\"-\n\x0c\x44\x65gradedMass\x12\x0f\n\x07largest\x18\x01 \x01(\x02\x12\x0c\n\x04mean\x18\x02 \x01(\x02\"\xc9\x01\n\x10GenerateResponse\x12\x0e\n\x06tokens\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x32\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x18\n\x10generated_tokens\x18\x05 \x01(\r\x12\x32\n\rdegraded_mass\x18\x06 \x01(\x0b\x32\x1b.expertmesh.v1.DegradedMass\"\xa1\x01\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12#\n\x04mask\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x36\n\x0fmissing_experts\x18\x04 \x01(\x0e\x32\x1d.expertmesh.v1.MissingExperts\"j\n\rScoreResponse\x12%\n\x06logits\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x32\n\rdegraded_mass\x18\x02 \x01(\x0b\x32\x1b.expertmesh.v1.DegradedMass*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x02\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x03\x32\xf7\x01\n\x0fGenerateService\x12M\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12\x42\n\x05Score\x12\x1b.expertmesh.v1.ScoreRequest\x1a\x1c.expertmesh.v1.ScoreResponse\x12Q\n\nListModels\x12 .expertmesh.v1.ListModelsRequest\x1a!.expertmesh.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpertmesh/v1/generate.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/priority.proto\x1a\x1a\x65xpertmesh/v1/router.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa5\x01\n\x0eSamplingParams\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\x93\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.expertmesh.v1.SamplingParams\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x36\n\x0fmissing_experts\x18\x08 \x01(\x0e\x32\x1d.expertmesh.v1.MissingExperts\x12\x32\n\tselection\x18\t \x01(\x0b\x32\x1f.expertmesh.v1.SelectionOptions\x12*\n\tgenerated\x18\n \x01(\x0b\x32\x17.expertmesh.v1.TokenIds\x12)\n\x08priority\x18\x0c \x01(\x0e\x32\x17.expertmesh.v1.PriorityB\x08\n\x06prompt\"-\n\x0c\x44\x65gradedMass\x12\x0f\n\x07largest\x18\x01 \x01(\x02\x12\x0c\n\x04mean\x18\x02 \x01(\x02\"\xdb\x01\n\x10GenerateResponse\x12\x0e\n\x06tokens\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x32\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x18\n\x10generated_tokens\x18\x05 \x01(\r\x12\x32\n\rdegraded_mass\x18\x06 \x01(\x0b\x32\x1b.expertmesh.v1.DegradedMass\x12\x10\n\x08position\x18\x07 \x01(\r\"\xa1\x01\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12#\n\x04mask\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x36\n\x0fmissing_experts\x18\x04 \x01(\x0e\x32\x1d.expertmesh.v1.MissingExperts\"j\n\rScoreResponse\x12%\n\x06logits\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x32\n\rdegraded_mass\x18\x02 \x01(\x0b\x32\x1b.expertmesh.v1.DegradedMass*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x02\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x03\x32\xf7\x01\n\x0fGenerateService\x12M\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse0\x01\x12\x42\n\x05Score\x12\x1b.expertmesh.v1.ScoreRequest\x1a\x1c.expertmesh.v1.ScoreResponse\x12Q\n\nListModels\x12 .expertmesh.v1.ListModelsRequest\x1a!.expertmesh.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.generate_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1211
-  _globals['_FINISHREASON']._serialized_end=1329
+  _globals['_FINISHREASON']._serialized_start=1273
+  _globals['_FINISHREASON']._serialized_end=1391
   _globals['_TOKENIDS']._serialized_start=133
   _globals['_TOKENIDS']._serialized_end=156
   _globals['_SAMPLINGPARAMS']._serialized_start=159
   _globals['_SAMPLINGPARAMS']._serialized_end=324
   _globals['_GENERATEREQUEST']._serialized_start=327
-  _globals['_GENERATEREQUEST']._serialized_end=686
-  _globals['_DEGRADEDMASS']._serialized_start=688
-  _globals['_DEGRADEDMASS']._serialized_end=733
-  _globals['_GENERATERESPONSE']._serialized_start=736
-  _globals['_GENERATERESPONSE']._serialized_end=937
-  _globals['_SCOREREQUEST']._serialized_start=940
-  _globals['_SCOREREQUEST']._serialized_end=1101
-  _globals['_SCORERESPONSE']._serialized_start=1103
-  _globals['_SCORERESPONSE']._serialized_end=1209
-  _globals['_GENERATESERVICE']._serialized_start=1332
-  _globals['_GENERATESERVICE']._serialized_end=1579
+  _globals['_GENERATEREQUEST']._serialized_end=730
+  _globals['_DEGRADEDMASS']._serialized_start=732
+  _globals['_DEGRADEDMASS']._serialized_end=777
+  _globals['_GENERATERESPONSE']._serialized_start=780
+  _globals['_GENERATERESPONSE']._serialized_end=999
+  _globals['_SCOREREQUEST']._serialized_start=1002
+  _globals['_SCOREREQUEST']._serialized_end=1163
+  _globals['_SCORERESPONSE']._serialized_start=1165
+  _globals['_SCORERESPONSE']._serialized_end=1271
+  _globals['_GENERATESERVICE']._serialized_start=1394
+  _globals['_GENERATESERVICE']._serialized_end=1641
 # @@protoc_insertion_point(module_scope)

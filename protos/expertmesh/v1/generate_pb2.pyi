@@ -140,6 +140,7 @@ class GenerateRequest(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     MISSING_EXPERTS_FIELD_NUMBER: _builtins.int
     SELECTION_FIELD_NUMBER: _builtins.int
+    GENERATED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name; "" means the only model served."""
@@ -171,6 +172,13 @@ class GenerateRequest(_message.Message):
     def selection(self) -> _router_pb2.SelectionOptions:
         """How experts are selected; unset means as the gateway is configured. Refused by the engine "continuous"."""
 
+    @_builtins.property
+    def generated(self) -> Global___TokenIds:
+        """What the caller already has of this answer, from a call whose connection broke: generation goes on after these tokens
+        as if this call had generated them. They count for max_new_tokens; their text is not sent again. Refused together with
+        a seed, whose draws cannot be taken up in the middle.
+        """
+
     def __init__(
         self,
         *,
@@ -183,11 +191,12 @@ class GenerateRequest(_message.Message):
         ignore_eos: _builtins.bool = ...,
         missing_experts: _router_pb2.MissingExperts.ValueType = ...,
         selection: _router_pb2.SelectionOptions | None = ...,
+        generated: Global___TokenIds | None = ...,
         priority: _priority_pb2.Priority.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "selection", b"selection", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generated", b"generated", "prompt", b"prompt", "sampling", b"sampling", "selection", b"selection", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_eos", b"ignore_eos", "max_new_tokens", b"max_new_tokens", "missing_experts", b"missing_experts", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "selection", b"selection", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated", b"generated", "ignore_eos", b"ignore_eos", "max_new_tokens", b"max_new_tokens", "missing_experts", b"missing_experts", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "selection", b"selection", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -231,6 +240,7 @@ class GenerateResponse(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     DEGRADED_MASS_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text new since the last message; whole characters only."""
     finish_reason: Global___FinishReason.ValueType
@@ -239,6 +249,8 @@ class GenerateResponse(_message.Message):
     """Tokens in the prompt; set in the last message."""
     generated_tokens: _builtins.int
     """Tokens generated; set in the last message."""
+    position: _builtins.int
+    """How many tokens of the answer come before these, GenerateRequest.generated included."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids new since the last message."""
@@ -256,10 +268,11 @@ class GenerateResponse(_message.Message):
         prompt_tokens: _builtins.int = ...,
         generated_tokens: _builtins.int = ...,
         degraded_mass: Global___DegradedMass | None = ...,
+        position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["degraded_mass", b"degraded_mass"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded_mass", b"degraded_mass", "finish_reason", b"finish_reason", "generated_tokens", b"generated_tokens", "prompt_tokens", b"prompt_tokens", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded_mass", b"degraded_mass", "finish_reason", b"finish_reason", "generated_tokens", b"generated_tokens", "position", b"position", "prompt_tokens", b"prompt_tokens", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -143,9 +143,7 @@ class DispatchResponse(_message.Message):
 
     @_builtins.property
     def degraded_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Share of each token's weights that was for experts that were missing (T numbers), 0 for tokens that are exact; empty
-        if all are.
-        """
+        """Share of each token's weights that was for experts that were missing (T numbers), 0 for tokens that are exact."""
 
     def __init__(
         self,
@@ -283,7 +281,7 @@ class ForwardResponse(_message.Message):
     @_builtins.property
     def degraded_mass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Share of each token's weights that was for experts that were missing (T numbers), whether or not others took their
-        place; 0 for tokens that are exact. Empty if all are.
+        place; 0 for tokens that are exact.
         """
 
     def __init__(

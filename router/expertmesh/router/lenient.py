@@ -34,11 +34,6 @@ class Answer:
     is_degraded: bool = False
     """Whether any token is."""
 
-    def told_mass(self) -> list[float]:
-        """As callers are told: nothing if every token is exact, as packing 4096 zeros takes most of
-        a millisecond."""
-        return self.degraded_mass_T.tolist() if self.is_degraded else []
-
 
 @dataclass(frozen=True, eq=False)
 class _Call:

@@ -95,7 +95,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     request.layer, hidden_TD, asked, mode, timeout_s
                 )
                 return router_pb2.DispatchResponse(
-                    hidden=to_proto(answer.hidden_TD), degraded_mass=answer.told_mass()
+                    hidden=to_proto(answer.hidden_TD), degraded_mass=answer.degraded_mass_T.tolist()
                 )
 
     async def Forward(
@@ -266,7 +266,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
 def _forward_response(answer: Answer, return_routing: bool) -> router_pb2.ForwardResponse:
     response = router_pb2.ForwardResponse(
-        hidden=to_proto(answer.hidden_TD), degraded_mass=answer.told_mass()
+        hidden=to_proto(answer.hidden_TD), degraded_mass=answer.degraded_mass_T.tolist()
     )
     if return_routing:
         response.experts.CopyFrom(to_proto(answer.experts_TK))

@@ -5,7 +5,8 @@ Importing it costs no torch; what needs torch is imported when first used.
 
 from typing import TYPE_CHECKING, Any
 
-from expertmesh.client.generate import AsyncClient, Chunk, Client, request_of
+from expertmesh.client.course import Chunk
+from expertmesh.client.generate import AsyncClient, Client, Wanted, request_of
 from expertmesh.runtime.security.access import PLAIN, Access
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __all__ = [
     "Chunk",
     "Client",
     "RouterClient",
+    "Wanted",
     "attach",
     "register",
     "request_of",

@@ -3,14 +3,13 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
 import grpc
 
+from expertmesh.client.course import Chunk, Course
 from expertmesh.client.failures import error_of
-from expertmesh.client.retries import Patience
 from expertmesh.runtime.channels import connect, connect_blocking
 from expertmesh.runtime.missing_experts import to_proto
 from expertmesh.runtime.security.access import PLAIN, Access, Metadata
@@ -19,87 +18,53 @@ from expertmesh.v1 import generate_pb2, generate_pb2_grpc, priority_pb2, router_
 Prompt = str | Sequence[int]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """What is new since the last chunk."""
+class Wanted(TypedDict, total=False):
+    """What may be asked for beside the prompt. What is left out is as the model's own
+    generation_config and the gateway's settings say, and greedy without sampling parameters."""
 
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    """"length", "eos" or "stop" in the last chunk, else ""."""
-    prompt_tokens: int
-    """In the last chunk."""
-    generated_tokens: int
-    """In the last chunk."""
-    degraded_mass: float = 0.0
-    """What missing experts have cost so far: the largest share of a token's weights in a layer that
-    was for experts without a live replica; 0 if everything is exact."""
-    mean_degraded_mass: float = 0.0
-    """The mean over all tokens and layers so far, the prompt's included."""
+    model: str
+    """"" is the only one served."""
+    max_new_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    """Honoured by the engine "exact"."""
+    stop: Sequence[str]
+    """Generation ends before the first of these."""
+    ignore_eos: bool
+    missing_experts: str | None
+    """"strict", "substitute" or "renormalise"; None: as the gateway's settings."""
+    selection: router_pb2.SelectionOptions | None
+    """How far the experts may be from the gate's choice; None: as configured."""
+    batch: bool
+    """Nobody waits for it: run it after interactive requests."""
 
 
-def request_of(
-    prompt: Prompt,
-    *,
-    model: str = "",
-    max_new_tokens: int = 0,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    stop: Sequence[str] = (),
-    ignore_eos: bool = False,
-    missing_experts: str | None = None,
-    selection: router_pb2.SelectionOptions | None = None,
-    batch: bool = False,
-) -> generate_pb2.GenerateRequest:
-    """A GenerateRequest; greedy unless one of the sampling parameters is given.
-
-    Args:
-        missing_experts: "strict", "substitute" or "renormalise"; None: as the gateway's settings.
-        selection: how far the experts may be from the gate's choice; None: as configured.
-        batch: nobody waits for it: run it after interactive requests.
+def request_of(prompt: Prompt, **wanted: Unpack[Wanted]) -> generate_pb2.GenerateRequest:
+    """A GenerateRequest.
 
     Raises:
-        InvalidInput: there is no such policy.
+        InvalidInput: there is no such policy for missing experts.
     """
-    drawn = (temperature, top_k, top_p, seed)
-    sampling = generate_pb2.SamplingParams(
-        do_sample=any(value is not None for value in drawn),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    drawn = {name: wanted.get(name) for name in ("temperature", "top_k", "top_p", "seed")}
+    do_sample = any(value is not None for value in drawn.values())
+    is_batch = wanted.get("batch", False)
     request = generate_pb2.GenerateRequest(
-        model=model,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        ignore_eos=ignore_eos,
-        missing_experts=to_proto(missing_experts),
-        selection=selection,
-        priority=priority_pb2.PRIORITY_BATCH if batch else priority_pb2.PRIORITY_UNSPECIFIED,
+        model=wanted.get("model", ""),
+        sampling=generate_pb2.SamplingParams(do_sample=do_sample, **drawn),  # type: ignore[arg-type]
+        max_new_tokens=wanted.get("max_new_tokens", 0),
+        stop=wanted.get("stop", ()),
+        ignore_eos=wanted.get("ignore_eos", False),
+        missing_experts=to_proto(wanted.get("missing_experts")),
+        selection=wanted.get("selection"),
+        priority=priority_pb2.PRIORITY_BATCH if is_batch else priority_pb2.PRIORITY_UNSPECIFIED,
     )
     if isinstance(prompt, str):
         request.text = prompt
     else:
         request.tokens.ids.extend(prompt)
     return request
-
-
-def _chunk(response: generate_pb2.GenerateResponse) -> Chunk:
-    reason = generate_pb2.FinishReason.Name(response.finish_reason)
-    name = reason.removeprefix("FINISH_REASON_").lower()
-    return Chunk(
-        response.text,
-        tuple(response.tokens),
-        "" if name == "unspecified" else name,
-        response.prompt_tokens,
-        response.generated_tokens,
-        response.degraded_mass.largest,
-        response.degraded_mass.mean,
-    )
 
 
 class Client:
@@ -130,63 +95,35 @@ class Client:
         self,
         prompt: Prompt,
         *,
-        model: str = "",
-        max_new_tokens: int = 0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        missing_experts: str | None = None,
-        selection: router_pb2.SelectionOptions | None = None,
-        batch: bool = False,
         timeout_s: float | None = None,
         retries: int = 0,
+        **wanted: Unpack[Wanted],
     ) -> Iterator[Chunk]:
         """Tokens and text as they come. Closing the iterator cancels the call and frees its slot.
 
+        An answer that breaks off because its gateway is lost goes on at another (`Course`).
+
         Args:
-            missing_experts, selection: as for `request_of`.
-            batch: nobody waits for it: run it after interactive requests.
             timeout_s: for everything, pauses included.
             retries: how often a request that was not begun is tried again, when the gateway says.
+            wanted: see `Wanted`.
 
         Raises:
             ExpertMeshError: as the gateway answered.
         """
-        request = request_of(
-            prompt,
-            model=model,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            missing_experts=missing_experts,
-            selection=selection,
-            batch=batch,
-        )
-        patience = Patience(retries, timeout_s)
-        while True:
-            call = self._stub.Generate(
-                request, timeout=patience.left_s(), metadata=call_metadata(self._access)
-            )
-            has_begun = False
+        course = Course(request_of(prompt, **wanted), retries, timeout_s)
+        while not course.is_over:
+            metadata = call_metadata(self._access)
+            call = self._stub.Generate(course.request, timeout=course.left_s(), metadata=metadata)
             try:
                 for response in call:
-                    has_begun = True
-                    yield _chunk(response)
+                    yield course.take(response)
                 return
             except grpc.RpcError as failure:
                 error = error_of(failure)
             finally:
                 call.cancel()
-            if has_begun:
-                raise error
-            time.sleep(patience.pause_s(error))
+            time.sleep(course.pause_s(error))
 
     def models(self, timeout_s: float = 10.0) -> list[router_pb2.ModelInfo]:
         """The models the gateway serves."""
@@ -231,7 +168,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         retries: int = 0,
     ) -> AsyncGenerator[Chunk, None]:
-        """Tokens and text as they come, for a request made with `request_of`.
+        """As `Client.generate`, for a request made with `request_of`.
 
         Args:
             timeout_s: for everything, pauses included.
@@ -240,24 +177,19 @@ class AsyncClient:
         Raises:
             ExpertMeshError: as the gateway answered.
         """
-        patience = Patience(retries, timeout_s)
-        while True:
-            call = self._stub.Generate(
-                request, timeout=patience.left_s(), metadata=call_metadata(self._access)
-            )
-            has_begun = False
+        course = Course(request, retries, timeout_s)
+        while not course.is_over:
+            metadata = call_metadata(self._access)
+            call = self._stub.Generate(course.request, timeout=course.left_s(), metadata=metadata)
             try:
                 async for response in call:
-                    has_begun = True
-                    yield _chunk(response)
+                    yield course.take(response)
                 return
             except grpc.RpcError as failure:
                 error = error_of(failure)
             finally:
                 call.cancel()
-            if has_begun:
-                raise error
-            await asyncio.sleep(patience.pause_s(error))
+            await asyncio.sleep(course.pause_s(error))
 
 
 def call_metadata(access: Access) -> Metadata:

@@ -118,7 +118,7 @@ class RouterClient:
             priority=self._priority,
         )
         reply = self._tried(self._stub.Dispatch, request)
-        self.degraded.add(reply.degraded_mass or [0.0] * len(hidden_TD))
+        self.degraded.add(reply.degraded_mass)
         # cloned: what a model computes with must be writable
         return from_proto(reply.hidden, "hidden").clone().to(hidden_TD.device)
 
@@ -146,14 +146,13 @@ class RouterClient:
             priority=self._priority,
         )
         reply = self._tried(self._stub.Forward, request)
-        degraded_mass = list(reply.degraded_mass) or [0.0] * len(hidden_TD)
-        self.degraded.add(degraded_mass)
+        self.degraded.add(reply.degraded_mass)
         return Forwarded(
             from_proto(reply.hidden, "hidden").clone(),
             from_proto(reply.experts, "experts").clone(),
             from_proto(reply.weights, "weights").clone(),
             list(reply.given_up_mass),
-            degraded_mass,
+            list(reply.degraded_mass),
         )
 
     def _tried(self, send: Any, request: Any) -> Any:

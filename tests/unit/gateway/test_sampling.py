@@ -115,3 +115,23 @@ def test_limits_are_the_models_or_the_engines_if_smaller() -> None:
     assert limits_of(model) == Limits(vocab_size=256, max_positions=512)
     assert limits_of(model, 100).max_positions == 100
     assert limits_of(model, 10_000).max_positions == 512
+
+
+def test_what_the_caller_has_is_part_of_the_prompt_and_of_the_answer() -> None:
+    request = convert(max_new_tokens=9, generated=pb.TokenIds(ids=[3, 4]))
+    assert request.prompt == (1, 2, 3, 4)
+    assert (request.max_new_tokens, request.generated) == (7, (3, 4))
+    assert request.num_tokens == convert(max_new_tokens=9).num_tokens
+
+
+@pytest.mark.parametrize(
+    ("ids", "fields", "message"),
+    [
+        ([100], {}, r"generated\.ids: expected ids below the vocabulary size 100, got 100"),
+        ([5] * 9, {}, "generated: expected fewer than the 9 tokens to generate, got 9"),
+        ([5], {"sampling": {"seed": 3}}, "generated: expected no seed beside it, got seed 3"),
+    ],
+)
+def test_what_cannot_be_taken_up(ids: list[int], fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        convert(max_new_tokens=9, generated=pb.TokenIds(ids=ids), **fields)

@@ -35,7 +35,11 @@ class GenerationRequest:
     """
 
     prompt: tuple[int, ...]
+    """With the tokens of the answer that the caller already has at its end."""
     max_new_tokens: int
+    """Beside those."""
+    num_generated: int = 0
+    """How many of the prompt's tokens those are."""
     eos_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     do_sample: bool = False
@@ -50,6 +54,11 @@ class GenerationRequest:
     def num_tokens(self) -> int:
         """Of the prompt and the longest answer."""
         return len(self.prompt) + self.max_new_tokens
+
+    @property
+    def generated(self) -> tuple[int, ...]:
+        """What the caller already has of the answer."""
+        return self.prompt[len(self.prompt) - self.num_generated :]
 
 
 def limits_of(model: Any, max_positions: int | None = None) -> Limits:
@@ -73,15 +82,25 @@ def to_request(
     Raises:
         InvalidInput: names the field.
     """
-    _check_prompt(prompt, limits)
+    generated = message.generated.ids
+    _check_tokens("tokens.ids", prompt, limits)
+    _check_tokens("generated.ids", generated, limits)
+    _check_length(prompt, limits)
     sampling = message.sampling
     top_k = sampling.top_k if sampling.HasField("top_k") else _default(defaults, "top_k", 50)
     seed = sampling.seed if sampling.HasField("seed") else None
     if seed is not None and seed > MAX_SEED:
         raise InvalidInput.of("sampling.seed", expected=f"at most {MAX_SEED}", got=seed)
+    if seed is not None and generated:
+        raise InvalidInput.of("generated", expected="no seed beside it", got=f"seed {seed}")
+    max_new_tokens = _max_new_tokens(message.max_new_tokens, len(prompt), defaults, limits)
+    if len(generated) >= max_new_tokens:
+        expected = f"fewer than the {max_new_tokens} tokens to generate"
+        raise InvalidInput.of("generated", expected=expected, got=len(generated))
     return GenerationRequest(
-        prompt=tuple(prompt),
-        max_new_tokens=_max_new_tokens(message.max_new_tokens, len(prompt), defaults, limits),
+        prompt=(*prompt, *generated),
+        max_new_tokens=max_new_tokens - len(generated),
+        num_generated=len(generated),
         eos_ids=frozenset() if message.ignore_eos else eos_ids_of(defaults),
         stop=_stop(message.stop, limits),
         do_sample=sampling.do_sample,
@@ -105,14 +124,17 @@ def _default(defaults: Any, name: str, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-def _check_prompt(prompt: Sequence[int], limits: Limits) -> None:
-    if not prompt:
-        raise InvalidInput.of("prompt", expected="at least one token", got="none")
-    largest = max(prompt)
+def _check_tokens(field: str, ids: Sequence[int], limits: Limits) -> None:
+    largest = max(ids, default=0)
     if largest >= limits.vocab_size:
         raise InvalidInput.of(
-            "tokens.ids", expected=f"ids below the vocabulary size {limits.vocab_size}", got=largest
+            field, expected=f"ids below the vocabulary size {limits.vocab_size}", got=largest
         )
+
+
+def _check_length(prompt: Sequence[int], limits: Limits) -> None:
+    if not prompt:
+        raise InvalidInput.of("prompt", expected="at least one token", got="none")
     if len(prompt) >= limits.max_positions:
         raise InvalidInput.of(
             "prompt",

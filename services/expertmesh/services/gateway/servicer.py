@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -27,11 +27,12 @@ from expertmesh.runtime.origin import Origin, caller_of, priority_of
 from expertmesh.runtime.telemetry import Telemetry
 from expertmesh.runtime.trace_context import inject, traceparent_of
 from expertmesh.services.forward_scope import Serving, to_nobody, whole
+from expertmesh.services.gateway.answer import Answer, answer_to
 from expertmesh.services.gateway.engine import Engine
 from expertmesh.services.gateway.prompt import prompt_of
 from expertmesh.services.gateway.request_routing import RequestRouting
 from expertmesh.services.gateway.running import RunningCalls
-from expertmesh.services.gateway.sampling import GenerationRequest, Limits, to_request
+from expertmesh.services.gateway.sampling import Limits, to_request
 from expertmesh.services.gateway.scoring import forward, score_mask, score_tokens
 from expertmesh.services.gateway.text_stream import TextStream
 from expertmesh.services.gateway.token_stream import Admission
@@ -83,57 +84,6 @@ class ServedModel:
                 wanted, expected="nothing, as this checkpoint has no tokenizer", got="text"
             )
         return self.tokenizer
-
-
-@dataclass
-class _Answer:
-    """One answer on its way: text, counts and how it ends."""
-
-    request: GenerationRequest
-    text: TextStream
-    degraded: DegradedMass = field(default_factory=DegradedMass)
-    num_tokens: int = 0
-    finish: pb.FinishReason.ValueType = pb.FINISH_REASON_UNSPECIFIED
-    _pieces: list[str] = field(default_factory=list)
-
-    def step(self, tokens: list[int]) -> pb.GenerateResponse:
-        """The message for these tokens; those after the end, if any, are dropped."""
-        used = []
-        for token in tokens:
-            used.append(token)
-            self._take(token)
-            if self.finish:
-                break
-        message = pb.GenerateResponse(
-            tokens=used,
-            text="".join(self._pieces),
-            finish_reason=self.finish,
-            degraded_mass=self.degraded.to_proto(),
-        )
-        self._pieces.clear()
-        if self.finish:
-            message.prompt_tokens = len(self.request.prompt)
-            message.generated_tokens = self.num_tokens
-        return message
-
-    def _take(self, token: int) -> None:
-        self.num_tokens += 1
-        piece = self.text.push([token])
-        if not piece.stopped:
-            self.finish = self._ended_by(token)
-            if self.finish:
-                self._pieces.append(piece.text)
-                piece = self.text.flush()
-        self._pieces.append(piece.text)
-        if piece.stopped:
-            self.finish = pb.FINISH_REASON_STOP
-
-    def _ended_by(self, token: int) -> pb.FinishReason.ValueType:
-        if token in self.request.eos_ids:
-            return pb.FINISH_REASON_EOS
-        if self.num_tokens == self.request.max_new_tokens:
-            return pb.FINISH_REASON_LENGTH
-        return pb.FINISH_REASON_UNSPECIFIED
 
 
 class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
@@ -190,7 +140,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             asked = to_request(request, prompt, defaults, model.limits)
             routing = await self._routing.of_generate(request)
             asked = replace(asked, routing=routing, origin=origin)
-            answer = _Answer(asked, model.text_stream(asked.stop))
+            answer = await answer_to(asked, model.text_stream(asked.stop))
             started_s = time.monotonic()
             async with aclosing(model.engine.submit(asked, answer.degraded)) as steps:
                 async for tokens in steps:
@@ -213,9 +163,9 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
                 metrics.errors.add(1, STAGE, error.code.name)
                 raise
 
-    def _measure(self, answer: "_Answer", num_tokens: int, started_s: float) -> None:
+    def _measure(self, answer: Answer, num_tokens: int, started_s: float) -> None:
         metrics, name = self._telemetry.metrics, self._model.info.name
-        if not answer.num_tokens:
+        if answer.num_tokens == answer.request.num_generated:
             metrics.tokens.add(len(answer.request.prompt), STAGE)
             metrics.time_to_first_token.record(time.monotonic() - started_s, name)
         metrics.generated_tokens.add(num_tokens, name)
