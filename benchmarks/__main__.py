@@ -24,6 +24,7 @@ NAMES = (
     "elastic",
     "startup",
     "telemetry",
+    "tls",
     "flames",
 )
 

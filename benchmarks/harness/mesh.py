@@ -23,6 +23,7 @@ from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES
 from expertmesh.runtime.child import dying_with_parent
 from expertmesh.runtime.heap import keep_freed_memory
 from expertmesh.runtime.redis_server import EmbeddedRedis
+from expertmesh.runtime.security.access import PLAIN, Access
 from expertmesh.runtime.state import MeshWatcher
 from expertmesh.runtime.telemetry import configure
 from expertmesh.services.callers import CoreCaller
@@ -73,12 +74,14 @@ def bench_mesh(
     num_layers: int,
     groups: int,
     slowdowns: Sequence[int] = (1,),
+    access: Access = PLAIN,
     **args: Any,
 ) -> Iterator[BenchMesh]:
     """All experts split evenly over `groups`, a process each.
 
     Args:
         slowdowns: of each copy of a group, see `benchmarks.harness.replica`.
+        access: how the router connects to replicas.
         args: of `ExpertGroupArgs`, like threads.
     """
     keep_freed_memory()  # as every process with a router core does
@@ -106,7 +109,9 @@ def bench_mesh(
             for process in replicas:
                 assert process.stdout.readline() == "ready\n", "a replica did not start"
             layers = dict.fromkeys(range(num_layers), num_experts)
-            with router_core(loop, redis_url, layers, args.get("otlp_endpoint")) as caller:
+            with router_core(
+                loop, redis_url, layers, args.get("otlp_endpoint"), access=access
+            ) as caller:
                 assert caller.core is not None
                 _wait_for(caller.core, len(replicas))
                 yield BenchMesh(redis_url, caller, replicas)
@@ -152,6 +157,7 @@ def router_core(
     layers: dict[int, int],
     otlp_endpoint: str | None = None,
     mesh: str = "default",
+    access: Access = PLAIN,
 ) -> Iterator[CoreCaller]:
     """Blocking calls to a router core on `loop`, once every expert of `layers` has a replica."""
     stack = AsyncExitStack()
@@ -161,7 +167,9 @@ def router_core(
         sample_frac = MeshSettings.model_fields["trace_sample_frac"].default
         telemetry = configure("router", otlp_endpoint, sample_frac=sample_frac)
         stack.callback(telemetry.shutdown)
-        core = RouterCore(MODEL, layers, telemetry, max_message_bytes=DEFAULT_MAX_MESSAGE_BYTES)
+        core = RouterCore(
+            MODEL, layers, telemetry, max_message_bytes=DEFAULT_MAX_MESSAGE_BYTES, access=access
+        )
         stack.push_async_callback(core.close)
         await stack.enter_async_context(MeshWatcher(redis_url, mesh, core.on_state, core.on_gone))
         await core.wait_complete(_READY_S)

@@ -29,6 +29,7 @@ def benchmark(*args: str) -> "subprocess.CompletedProcess[str]":
         ("overhead", "ours"),
         ("dense", "ours, sparse"),
         ("telemetry", "on"),
+        ("tls", "mutual TLS"),
         ("generation", "ours"),
         ("balance", "zipf 1.0, 512 token-slots"),
         ("churn", "zipf 1.0: controller"),

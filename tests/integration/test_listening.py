@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from tests.certificates import Authority, Pair
+from benchmarks.harness.certificates import Authority, Pair
 from tests.mesh import HOST
 
 from expertmesh.runtime.errors import ConfigError, ExpertMeshError

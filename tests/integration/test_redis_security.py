@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from benchmarks.harness.certificates import Authority, Pair
 from chaos.link import Link
 from redis.exceptions import AuthenticationError, ConnectionError
-from tests.certificates import Authority, Pair
 from tests.fakes import replica_state as record
 
 from expertmesh.experts.deployment import ExpertGroupArgs

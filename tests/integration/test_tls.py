@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from tests.certificates import DAY, PUBLIC_NAME, Authority, Pair
+from benchmarks.harness.certificates import DAY, PUBLIC_NAME, Authority, Pair
 from tests.mesh import HOST, MakeCheckpoint, Mesh, Router
 
 from expertmesh.client.failures import error_of

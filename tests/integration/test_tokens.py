@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from benchmarks.harness.certificates import PUBLIC_NAME, Authority
 from chaos.link import Link
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.certificates import PUBLIC_NAME, Authority
 from tests.mesh import MakeCheckpoint, Mesh, Router
 from tests.token_file import TokenFile, models
 

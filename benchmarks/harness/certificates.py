@@ -1,4 +1,4 @@
-"""Certificates for tests: a CA of their own, and leaves of it, good and bad."""
+"""Certificates for tests and benchmarks: a CA of their own, and leaves of it, good and bad."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
