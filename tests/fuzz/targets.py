@@ -64,8 +64,10 @@ def framed(data: bytes) -> None:
     decoded = ends_well(lambda: wire.decode(message_type, rest))
     reference = parsed(message_type, rest)
     if decoded is None:
-        # protobuf also takes groups of unknown fields, which proto3 does not have
-        assert reference is None or has_groups(rest), "refused, though protobuf can read it"
+        # protobuf knows nothing of checksums, and also takes groups of unknown fields, which proto3
+        # does not have
+        fits = reference is not None and not reference.checksum  # type: ignore[attr-defined]
+        assert not fits or has_groups(rest), "refused, though protobuf can read it"
         return
     header, payload = decoded
     assert reference is not None, "read, though protobuf cannot"
