@@ -26,7 +26,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "README.md", ROOT / "ARCHITECTURE.md"]
 SOURCES = (
     *("services", "router", "experts", "protos", "tests", "docs", "examples"),
-    *("chaos", "k8s", "docker"),
+    *("chaos", "benchmarks", "k8s", "docker"),
 )
 SUFFIXES = (".py", ".md", ".proto", ".toml", ".txt", "/")
 COMMON = "services/expertmesh/services/commands/common.py"
