@@ -32,3 +32,12 @@ def _by_name(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Keys and values of a token in all layers of plain attention, for a transformers text config;
+    families that keep less are given more than they need."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * kv_heads * head_size * dtype.itemsize)

@@ -5,6 +5,8 @@ Here every batch samples, and the last processor leaves greedy requests a single
 Shape suffixes: B requests with a new token, V vocabulary; arguments are int32 [at least B].
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,6 +74,19 @@ class _Greedy(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         return torch.where(greedy_B.unsqueeze(-1), only_best_BV, scores_BV)
 
 
+@dataclass(frozen=True)
+class _State:
+    logit_processor_kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A request as transformers' processors see it."""
+
+    state: _State
+    has_new_token: bool = True
+
+
 def per_request_processors(vocab_size: int) -> Any:
     """A `ContinuousBatchingLogitsProcessorList` that reads `sampling_kwargs` of each request."""
     processors = [
@@ -95,3 +110,19 @@ def sampling_kwargs(request: GenerationRequest, vocab_size: int) -> dict[str, An
         "top_k": request.top_k or vocab_size,
         "top_p": request.top_p,
     }
+
+
+def next_tokens(
+    logits_BV: torch.Tensor, requests: Sequence[GenerationRequest], vocab_size: int
+) -> list[int]:
+    """The best token of greedy requests, a drawn one of the others."""
+    if not any(request.do_sample for request in requests):
+        best: list[int] = logits_BV.argmax(dim=-1).tolist()
+        return best
+    states = [_Drawn(_State(sampling_kwargs(request, vocab_size))) for request in requests]
+    processors = per_request_processors(vocab_size)
+    args = torch.zeros(processors.tensors_required, len(requests), dtype=torch.int32)
+    processors.prepare_tensor_args(states, args)
+    kept_BV = processors(None, logits_BV.float(), args.to(logits_BV.device))
+    drawn: list[int] = torch.multinomial(kept_BV.softmax(dim=-1), 1).flatten().tolist()
+    return drawn

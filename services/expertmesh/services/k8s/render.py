@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from expertmesh.experts.inspection import CheckpointReport, inspect_checkpoint
+from expertmesh.experts.inspection import inspect_checkpoint
 from expertmesh.runtime.config import validate
 from expertmesh.runtime.errors import ConfigError
 from expertmesh.runtime.hf_config import load_config
-from expertmesh.services.checkpoints import model_dtype
+from expertmesh.services.checkpoints import kv_token_bytes, model_dtype
 from expertmesh.services.gpus import Gpu
 from expertmesh.services.k8s.overlay import Overlay, files, mesh_values
 from expertmesh.services.k8s.sizing import ModelSizes, pools_for
@@ -97,15 +97,7 @@ def model_sizes(model_dir: str, dtype_name: str) -> ModelSizes:
         num_experts=max(report.num_experts.values()),
         expert_bytes=sum(held_bytes.values()),
         dense_bytes=report.dense_bytes,
-        kv_token_bytes=_kv_token_bytes(config.get_text_config(), report, dtype.itemsize),
+        kv_token_bytes=kv_token_bytes(config.get_text_config(), dtype),
         gate_bytes=sum(report.num_experts.values()) * report.hidden_size * 4,
         total_bytes=report.total_bytes,
     )
-
-
-def _kv_token_bytes(config: Any, report: CheckpointReport, value_bytes: int) -> int:
-    """Of plain attention; families that keep less are given more than they need."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or report.hidden_size // heads
-    return int(2 * report.num_layers * kv_heads * head_size * value_bytes)
