@@ -234,6 +234,9 @@ class GatewaySettings(Settings):
     """Requests waiting for their turn at most; beyond it callers get QueueFull."""
     max_prompt_tokens: PositiveInt = 1 << 20
     """Tokens of the prompts running and waiting at most; beyond it callers get QueueFull."""
+    stream_interval_s: NonNegativeFloat = 0.02
+    """Tokens between an answer's first and last wait so long at most, to travel several in one
+    message; none waits in requests with stop strings. 0 sends a message after each step."""
     num_gpus: NonNegativeFloat = 0.0
     """GPUs Ray reserves for the gateway."""
     num_cpus: NonNegativeFloat = 0.0

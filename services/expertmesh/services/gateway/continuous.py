@@ -11,9 +11,10 @@ from expertmesh.runtime.missing_experts import DegradedMass
 from expertmesh.services.forward_scope import Serving, to_nobody
 from expertmesh.services.gateway.engine_config import EngineConfig
 from expertmesh.services.gateway.kv_cache import check_fits
+from expertmesh.services.gateway.outbox import Outcome
 from expertmesh.services.gateway.sampling import GenerationRequest
-from expertmesh.services.gateway.schedule import Sequence
-from expertmesh.services.gateway.steps import Outcome, StepThread
+from expertmesh.services.gateway.schedule import Generation
+from expertmesh.services.gateway.steps import StepThread
 from expertmesh.services.gateway.token_stream import Admission, TokenStream, typed_error
 from expertmesh.services.gateway.turnstile import Turnstile
 
@@ -84,13 +85,13 @@ class ContinuousEngine:
     ) -> AsyncGenerator[list[int], None]:
         if not self._steps.is_alive():
             raise InternalError("the generation thread has ended; the gateway's log says why")
-        sequence = Sequence(request, degraded, TokenStream(), self._steps.budget.new())
-        self._steps.add(sequence)
+        generation = Generation(request, degraded, TokenStream(), self._steps.budget.new())
+        self._steps.add(generation)
         try:
-            async for tokens in sequence.stream.batches():
+            async for tokens in generation.stream.batches():
                 yield tokens
         finally:
-            sequence.is_cancelled = True
+            generation.is_cancelled = True
 
     async def close(self, drain_s: float = 0.0) -> None:
         await self._admission.drain(drain_s)
@@ -98,13 +99,13 @@ class ContinuousEngine:
         await asyncio.to_thread(self._steps.stop)
 
     def _deliver(self, outcomes: list[Outcome]) -> None:
-        """Called on the thread of the steps: one wake-up of the event loop for all requests."""
+        """Called on the thread of the steps."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._on_outcomes, outcomes)
 
     def _on_outcomes(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
-            stream = outcome.sequence.stream
+            stream = outcome.generation.stream
             if outcome.token is not None:
                 stream.push([outcome.token])
             if outcome.error is not None:

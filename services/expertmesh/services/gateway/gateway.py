@@ -194,8 +194,7 @@ def _engine_config(args: GatewayArgs) -> EngineConfig:
         max_running=args.max_running,
         max_waiting=args.max_waiting,
         max_prompt_tokens=args.max_prompt_tokens,
-        # what was computed while experts were missing would go into others' answers unannounced
-        share_prefixes=args.missing_experts == "strict",
+        stream_interval_s=args.stream_interval_s,
     )
 
 

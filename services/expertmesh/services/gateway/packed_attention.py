@@ -67,11 +67,12 @@ class PackedModel:
         """
         device = self._model.device
         positions_T = [position for part in parts for position in range(part.first, part.end)]
+        keep = 0 if len(wanted) == len(tokens_T) else torch.tensor(wanted, dtype=torch.int64)
         out = self._model(
             input_ids=torch.tensor([tokens_T], device=device),
             position_ids=torch.tensor([positions_T], device=device),
             use_cache=False,
-            logits_to_keep=0 if len(wanted) == len(tokens_T) else torch.tensor(wanted, dtype=torch.int64),
+            logits_to_keep=keep,
             packed=_Packed(parts, self._windows, self._implementation),
         )
         logits_WV: torch.Tensor = out.logits[0]

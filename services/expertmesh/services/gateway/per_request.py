@@ -1,7 +1,7 @@
 """Sampling parameters that differ between the requests of one continuous batch.
 
 transformers decides greedy or sampling per batch and builds processors from one configuration.
-Here every batch samples, and the last processor leaves greedy requests a single choice.
+Here a batch samples if any request does, and the last processor leaves greedy ones a single choice.
 Shape suffixes: B requests with a new token, V vocabulary; arguments are int32 [at least B].
 """
 

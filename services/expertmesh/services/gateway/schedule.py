@@ -13,7 +13,7 @@ from expertmesh.services.gateway.token_stream import TokenStream
 
 
 @dataclass(eq=False)
-class Sequence:
+class Generation:
     """A request under way."""
 
     request: GenerationRequest
@@ -44,29 +44,29 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Share:
-    """Of one sequence in a forward."""
+    """Of one generation in a forward."""
 
-    sequence: Sequence
+    generation: Generation
     length: int
     """The first so many of its pending tokens."""
 
     @property
     def is_last(self) -> bool:
         """Whether a token comes of it."""
-        return self.length == self.sequence.num_pending
+        return self.length == self.generation.num_pending
 
     @property
     def part(self) -> Part:
-        return Part(self.sequence.kv, self.sequence.num_computed, self.length)
+        return Part(self.generation.kv, self.generation.num_computed, self.length)
 
     @property
     def tokens(self) -> list[int]:
-        first = self.sequence.num_computed
-        return self.sequence.tokens[first : first + self.length]
+        first = self.generation.num_computed
+        return self.generation.tokens[first : first + self.length]
 
 
 class Schedule:
-    """Sequences wait in the order they came; those that run go on until they end.
+    """Generations wait in the order they came; those that run go on until they end.
 
     If there is no room for the next position of one that runs, the youngest goes back to the head
     of those that wait and is computed anew later: the oldest always gets on.
@@ -75,25 +75,25 @@ class Schedule:
     def __init__(self, config: EngineConfig, budget: KeyValueBudget) -> None:
         self._config = config
         self._budget = budget
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._waiting: deque[Generation] = deque()
+        self._running: list[Generation] = []
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Generation]:
         yield from self._running
         yield from self._waiting
 
-    def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+    def add(self, generation: Generation) -> None:
+        self._waiting.append(generation)
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, generation: Generation) -> None:
         """It needs no more tokens."""
-        self._running.remove(sequence)
-        self._budget.free(sequence.kv)
+        self._running.remove(generation)
+        self._budget.free(generation.kv)
 
     def clear(self) -> None:
         """All have ended."""
-        for sequence in [*self._running]:
-            self.end(sequence)
+        for generation in [*self._running]:
+            self.end(generation)
         self._waiting.clear()
 
     def next_batch(self) -> list[Share]:
@@ -104,21 +104,21 @@ class Schedule:
         shares = []
         num_left = self._config.max_batch_tokens
         # who has begun to answer goes on; prompts fill the rest
-        for sequence in sorted(self._running, key=lambda own: own.num_pending > 1):
-            length = min(sequence.num_pending, num_left)
+        for generation in sorted(self._running, key=lambda own: own.num_pending > 1):
+            length = min(generation.num_pending, num_left)
             if length:
-                shares.append(Share(sequence, length))
+                shares.append(Share(generation, length))
                 num_left -= length
         return shares
 
     def _drop_cancelled(self) -> None:
-        for sequence in [own for own in self._running if own.is_cancelled]:
-            self.end(sequence)
+        for generation in [own for own in self._running if own.is_cancelled]:
+            self.end(generation)
         self._waiting = deque(own for own in self._waiting if not own.is_cancelled)
 
     def _keep_room(self) -> None:
-        for sequence in [*self._running]:
-            while sequence in self._running and not self._hold(sequence):
+        for generation in [*self._running]:
+            while generation in self._running and not self._hold(generation):
                 youngest = self._running[-1]
                 self.end(youngest)
                 youngest.kv, youngest.num_computed = self._budget.new(), 0
@@ -130,8 +130,8 @@ class Schedule:
                 return
             self._running.append(self._waiting.popleft())
 
-    def _hold(self, sequence: Sequence) -> bool:
+    def _hold(self, generation: Generation) -> bool:
         """Whether there is room for its tokens."""
         return self._budget.hold(
-            sequence.kv, len(sequence.tokens), most=sequence.request.num_tokens
+            generation.kv, len(generation.tokens), most=generation.request.num_tokens
         )

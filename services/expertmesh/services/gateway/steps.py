@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,26 +9,17 @@ import torch
 from expertmesh.services.forward_scope import ForwardScope, Serving
 from expertmesh.services.gateway.engine_config import EngineConfig
 from expertmesh.services.gateway.kv_cache import KeyValueBudget
+from expertmesh.services.gateway.outbox import Outbox, Outcome
 from expertmesh.services.gateway.packed_attention import PackedModel
 from expertmesh.services.gateway.per_request import next_tokens
-from expertmesh.services.gateway.schedule import Schedule, Sequence, Share
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step has brought a sequence."""
-
-    sequence: Sequence
-    token: int | None = None
-    is_last: bool = False
-    error: Exception | None = None
+from expertmesh.services.gateway.schedule import Generation, Schedule, Share
 
 
 class StepThread:
-    """Runs sequences until they end.
+    """Runs generations until they end.
 
     Args:
-        deliver: called on the thread with the outcomes of each step.
+        deliver: called on the thread with the outcomes of steps, see `Outbox`.
     """
 
     def __init__(
@@ -42,13 +32,13 @@ class StepThread:
         self._model = PackedModel(model)
         self._vocab_size = model.config.get_text_config().vocab_size
         self._serving = serving
-        self._deliver = deliver
+        self._outbox = Outbox(config.stream_interval_s, deliver)
         self.budget = KeyValueBudget(
             self._model.num_layers, config.kv_cache_tokens, config.page_size
         )
         self._schedule = Schedule(config, self.budget)
         self._changed = threading.Condition()
-        self._new: list[Sequence] = []
+        self._new: list[Generation] = []
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
 
@@ -58,10 +48,10 @@ class StepThread:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, generation: Generation) -> None:
         """Run it; its outcomes are delivered."""
         with self._changed:
-            self._new.append(sequence)
+            self._new.append(generation)
             self._changed.notify()
 
     def stop(self) -> None:
@@ -94,8 +84,8 @@ class StepThread:
             if wait:
                 self._changed.wait_for(lambda: self._new or self._is_stopped)
             new, self._new = self._new, []
-        for sequence in new:
-            self._schedule.add(sequence)
+        for generation in new:
+            self._schedule.add(generation)
         return not self._is_stopped
 
     def _step(self) -> bool:
@@ -103,24 +93,26 @@ class StepThread:
         shares = self._schedule.next_batch()
         if not shares:
             return False
+        if any(share.length > 1 for share in shares):
+            self._outbox.flush()  # a long step is to come
         try:
             with torch.no_grad(), self._serving(_scope(shares)):
                 tokens = self._next_tokens(shares)
         except Exception as error:  # it goes to those whose forward it was
-            self._end([Outcome(own.sequence, is_last=True, error=error) for own in shares])
+            self._end([Outcome(own.generation, is_last=True, error=error) for own in shares])
             return True
         outcomes = []
         for share in shares:
             is_last = share.is_last
-            share.sequence.num_computed += share.length
+            share.generation.num_computed += share.length
             if is_last:
                 token = tokens.pop(0)
-                outcomes.append(Outcome(share.sequence, token, share.sequence.add(token)))
+                outcomes.append(Outcome(share.generation, token, share.generation.add(token)))
         self._end(outcomes)
         return True
 
     def _next_tokens(self, shares: list[Share]) -> list[int]:
-        """Of the shares that are their sequence's last."""
+        """Of the shares that are their generation's last."""
         tokens_T: list[int] = []
         wanted: list[int] = []
         for share in shares:
@@ -129,15 +121,14 @@ class StepThread:
                 wanted.append(len(tokens_T) - 1)
         parts = [share.part for share in shares]
         logits_WV = self._model.logits(tokens_T, parts, wanted)
-        requests = [share.sequence.request for share in shares if share.is_last]
+        requests = [share.generation.request for share in shares if share.is_last]
         return next_tokens(logits_WV, requests, self._vocab_size)
 
     def _end(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             if outcome.is_last:
-                self._schedule.end(outcome.sequence)
-        if outcomes:
-            self._deliver(outcomes)
+                self._schedule.end(outcome.generation)
+        self._outbox.put(outcomes)
 
     def _fail_all(self, error: Exception) -> None:
         failed = [*self._schedule]
@@ -145,8 +136,8 @@ class StepThread:
         with self._changed:
             failed += self._new
             self._new = []
-        self._deliver([Outcome(sequence, is_last=True, error=error) for sequence in failed])
+        self._outbox.put([Outcome(generation, is_last=True, error=error) for generation in failed])
 
 
 def _scope(shares: list[Share]) -> ForwardScope:
-    return ForwardScope(shares=[(share.length, share.sequence.degraded) for share in shares])
+    return ForwardScope(shares=[(share.length, share.generation.degraded) for share in shares])
