@@ -225,7 +225,7 @@ class GatewaySettings(Settings):
     threads: PositiveInt = 1
     """Threads of the gateway's CPU matrix multiplications."""
     kv_cache_tokens: PositiveInt = 16384
-    """Tokens the key-value cache of continuous batching holds."""
+    """Tokens of all running requests together whose keys and values continuous batching holds."""
     max_batch_tokens: PositiveInt = 1024
     """Tokens in one forward of continuous batching at most."""
     max_running: PositiveInt = 32

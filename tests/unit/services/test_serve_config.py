@@ -194,6 +194,7 @@ def test_every_setting_reaches_the_gateway() -> None:
         "max_running": 3,
         "max_waiting": 0,
         "max_prompt_tokens": 11,
+        "stream_interval_s": 0.5,
         "num_gpus": 1.0,
         "num_cpus": 2.0,
     }
