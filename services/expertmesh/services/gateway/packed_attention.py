@@ -108,16 +108,16 @@ class _Packed:
             self._new = [part.kv.rows(part.first, part.end, key) for part in self._parts]
         if window not in self._seen:
             self._look_back(window, key)
-        for new, own_key, own_value in zip(
-            self._new, key.split(self._lengths, 2), value.split(self._lengths, 2), strict=True
-        ):
+        keys, values = (torch.split(own, self._lengths, 2) for own in (key, value))
+        for new, own_key, own_value in zip(self._new, keys, values, strict=True):
             new[2 * layer].copy_(own_key)
             new[2 * layer + 1].copy_(own_value)
         attend = self._function(module)
+        queries = torch.split(query, self._lengths, 2)
         outs = [
             attend(module, own, seen[2 * layer], seen[2 * layer + 1], mask, **kwargs)[0]
             for own, seen, mask in zip(
-                query.split(self._lengths, 2), self._seen[window], self._masks[window], strict=True
+                queries, self._seen[window], self._masks[window], strict=True
             )
         ]
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
