@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from expertmesh.runtime.errors import InternalError
+from expertmesh.runtime.errors import Draining, InternalError
 from expertmesh.runtime.missing_experts import DegradedMass
 from expertmesh.services.forward_scope import Serving, to_nobody
 from expertmesh.services.gateway.engine_config import EngineConfig
@@ -83,10 +83,11 @@ class ContinuousEngine:
     async def _run(
         self, request: GenerationRequest, degraded: DegradedMass
     ) -> AsyncGenerator[list[int], None]:
+        generation = Generation(request, degraded, TokenStream(), self._steps.budget.new())
+        if not self._steps.add(generation):
+            raise Draining("the gateway is stopping; ask another one")
         if not self._steps.is_alive():
             raise InternalError("the generation thread has ended; the gateway's log says why")
-        generation = Generation(request, degraded, TokenStream(), self._steps.budget.new())
-        self._steps.add(generation)
         try:
             async for tokens in generation.stream.batches():
                 yield tokens

@@ -48,11 +48,13 @@ class StepThread:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def add(self, generation: Generation) -> None:
-        """Run it; its outcomes are delivered."""
+    def add(self, generation: Generation) -> bool:
+        """Run it; its outcomes are delivered. Returns False once `stop` was called."""
         with self._changed:
-            self._new.append(generation)
-            self._changed.notify()
+            if not self._is_stopped:
+                self._new.append(generation)
+                self._changed.notify()
+            return not self._is_stopped
 
     def stop(self) -> None:
         """End after the forward that runs; what has not ended by then gets an error."""
