@@ -6,6 +6,7 @@ from tests.k8s.kuberay import Pod, pods, workers
 from tests.k8s.policy import port_names, selects
 from tests.k8s.rendering import Manifest, of_kind
 
+from expertmesh.runtime.connection_age import ConnectionAge
 from expertmesh.runtime.ports import parse_ports
 from expertmesh.services.serve_config import SERVE_HTTP_PORT
 from expertmesh.services.settings import MeshSettings
@@ -31,6 +32,7 @@ def allowed(documents: list[Manifest], to: Pod, come_from: dict[str, str]) -> se
 
 
 def faults(documents: list[Manifest], settings: MeshSettings) -> Iterator[str]:
+    yield from _headless(documents, settings)
     rows = set(parse_ports(settings.experts.ports))
     if rows == {0}:
         yield "ConfigMap mesh: mesh.yaml: experts.ports: expected a range, as policies need one"
@@ -55,3 +57,16 @@ def faults(documents: list[Manifest], settings: MeshSettings) -> Iterator[str]:
             for caller in ({"app.kubernetes.io/name": "gateway"}, {"ray.io/is-ray-node": "yes"}):
                 if 6379 not in allowed(documents, pod, caller):
                     yield f"NetworkPolicy redis-state: port 6379 is closed for {caller}"
+
+
+def _headless(documents: list[Manifest], settings: MeshSettings) -> Iterator[str]:
+    """Who balances by DNS asks it when a connection ends."""
+    for service in of_kind(documents, "Service"):
+        name = service["metadata"]["name"].removesuffix("-headless")
+        own = getattr(settings, name, None)
+        is_ours = service["spec"].get("clusterIP") == "None" and isinstance(own, ConnectionAge)
+        if is_ours and own.max_connection_age_s is None:
+            yield (
+                f"ConfigMap mesh: mesh.yaml: {name}.max_connection_age_s: expected seconds, as "
+                f"clients of Service {name}-headless find new Pods only when they connect anew"
+            )

@@ -88,6 +88,10 @@ def long_drain(values: dict[str, Any]) -> None:
     values["gateway"]["drain_s"] = 600
 
 
+def eternal_connections(values: dict[str, Any]) -> None:
+    del values["router"]["max_connection_age_s"]
+
+
 def loopback(values: dict[str, Any]) -> None:
     values["router"]["host"] = "127.0.0.1"
 
@@ -204,6 +208,7 @@ BAD: list[tuple[Change, str]] = [
     (in_mesh(misspelt_setting), "mesh.yaml: experts.thread: no such field"),
     (in_mesh(other_ports), "does not reach ports 20016 to 20031"),
     (in_mesh(long_drain), "terminationGracePeriodSeconds: expected at least 615"),
+    (in_mesh(eternal_connections), "router.max_connection_age_s: expected seconds, as clients of"),
     (in_mesh(loopback), "router.host: 127.0.0.1 is not reached from outside"),
     (in_mesh(another_redis), "redis.url: 'redis://redis-stat:6379/0' names no Service"),
     (in_mesh(telemetry_to_nobody), "otlp_endpoint: http://redis-state:6379, but no collector"),

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES, NO_RETRY, server_options
+from expertmesh.runtime.connection_age import ConnectionAge
 from expertmesh.runtime.errors import (
     ConfigError,
     ExpertMeshError,
@@ -107,6 +108,7 @@ class MeshServer:
         add: adds the servicers to the server.
         max_request_bytes: of one request, if it is less than `max_message_bytes`.
         security: certificate and guard; the default is plaintext for everybody, on loopback.
+        connection_age: when clients are to connect anew; the default is never.
     """
 
     def __init__(
@@ -117,13 +119,17 @@ class MeshServer:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_request_bytes: int | None = None,
         security: ServerSecurity | None = None,
+        connection_age: ConnectionAge | None = None,
     ) -> None:
         self._services = services
         self._is_serving = False
         self._security = security or ServerSecurity()
         guard = self._security.guard
         self._server = grpc.aio.server(
-            options=server_options(max_message_bytes, max_request_bytes),
+            options=[
+                *server_options(max_message_bytes, max_request_bytes),
+                *(connection_age or ConnectionAge()).options(),
+            ],
             interceptors=[
                 ErrorInterceptor(lambda: self._is_serving),
                 *([GuardInterceptor(guard)] if guard else []),

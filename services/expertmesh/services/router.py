@@ -159,4 +159,5 @@ def _server(
         add,
         max_message_bytes=settings.max_message_bytes,
         security=public_security(settings.security, settings.mesh),
+        connection_age=settings.router,
     )

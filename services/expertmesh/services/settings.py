@@ -19,6 +19,7 @@ from expertmesh.router.replan import ReplanLimits
 from expertmesh.router.selection_options import SelectionOptions
 from expertmesh.runtime.channels import DEFAULT_MAX_MESSAGE_BYTES, GREATEST_MAX_MESSAGE_BYTES
 from expertmesh.runtime.config import Settings
+from expertmesh.runtime.connection_age import ConnectionAge
 from expertmesh.runtime.errors import ConfigError
 from expertmesh.runtime.missing_experts import Policy
 from expertmesh.runtime.ports import PortRange
@@ -154,7 +155,7 @@ class ExpertsSettings(Heartbeats):
     """Answer rows with NaN or infinity with an error instead of computing them."""
 
 
-class RouterSettings(Settings):
+class RouterSettings(ConnectionAge):
     """RouterService."""
 
     host: str = "127.0.0.1"
@@ -210,7 +211,7 @@ class ControllerSettings(ReplanLimits):
     """Time that loading or giving up one expert may take."""
 
 
-class GatewaySettings(Settings):
+class GatewaySettings(ConnectionAge):
     """The dense part of the model and GenerateService."""
 
     host: str = "127.0.0.1"

@@ -187,6 +187,8 @@ def test_every_setting_reaches_the_gateway() -> None:
         "host": "0.0.0.0",
         "port": 7,
         "drain_s": 60.0,
+        "max_connection_age_s": 300.0,
+        "connection_grace_s": 600.0,
         "engine": "exact",
         "threads": 2,
         "kv_cache_tokens": 100,

@@ -160,6 +160,7 @@ class Gateway:
             max_message_bytes=self._args.max_message_bytes,
             max_request_bytes=MAX_REQUEST_BYTES,
             security=public_security(self._args.security, self._args.mesh),
+            connection_age=self._args,
         )
 
     def check_health(self) -> None:
