@@ -9,7 +9,7 @@ import yaml
 from tests.k8s.policy import selects
 from tests.k8s.rendering import Manifest, named
 
-from expertmesh.services.k8s.sizing import GIB, worker_bytes
+from expertmesh.services.k8s.sizing import GIB, worker_need
 from expertmesh.services.preflight import plan_start
 from expertmesh.services.settings import MeshSettings
 
@@ -68,4 +68,4 @@ def _pod_bytes(settings: MeshSettings, replicas: int, num_pods: int) -> int:
     if settings.model == DEMO_IN_IMAGE:
         plan = plan_start(settings.model_copy(update={"model": DEMO}))
         cpu_bytes = each * max(plan.group_bytes)
-    return worker_bytes(settings.experts.host_memory_bytes, cpu_bytes, each)
+    return worker_need(settings.experts.host_memory_bytes, cpu_bytes, each).num_bytes

@@ -88,12 +88,18 @@ def _serve(documents: list[Manifest], settings: MeshSettings) -> Iterator[str]:
         except (ImportError, AttributeError):
             yield f"{where}: import_path: no {app['import_path']} in the code"
         try:
-            held |= set(parse_ids(str(validate(ExpertGroupArgs, app["args"]).experts)))
+            held |= _ids(validate(ExpertGroupArgs, app["args"]).experts)
         except ConfigError as error:
             yield f"{where}: args: {error.message}"
         if not app["route_prefix"]:
             yield f"{where}: route_prefix: expected one, or no worker Pod gets ready"
     yield from _generated(at, config, settings, max(held, default=0) + 1)
+
+
+def _ids(experts: str | dict[int, str]) -> set[int]:
+    """Of all layers."""
+    shares = [experts] if isinstance(experts, str) else experts.values()
+    return {expert for share in shares for expert in parse_ids(share)}
 
 
 def _generated(

@@ -64,8 +64,9 @@ def _headless(documents: list[Manifest], settings: MeshSettings) -> Iterator[str
     for service in of_kind(documents, "Service"):
         name = service["metadata"]["name"].removesuffix("-headless")
         own = getattr(settings, name, None)
-        is_ours = service["spec"].get("clusterIP") == "None" and isinstance(own, ConnectionAge)
-        if is_ours and own.max_connection_age_s is None:
+        if service["spec"].get("clusterIP") != "None" or not isinstance(own, ConnectionAge):
+            continue
+        if own.max_connection_age_s is None:
             yield (
                 f"ConfigMap mesh: mesh.yaml: {name}.max_connection_age_s: expected seconds, as "
                 f"clients of Service {name}-headless find new Pods only when they connect anew"

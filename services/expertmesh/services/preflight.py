@@ -16,7 +16,7 @@ from expertmesh.runtime.device import DeviceReading, probe_for
 from expertmesh.runtime.errors import InsufficientMemory, UnsupportedCheckpoint
 from expertmesh.runtime.telemetry import endpoint_url
 from expertmesh.services.checkpoints import model_name
-from expertmesh.services.pools import PlannedGroup, planned_groups
+from expertmesh.services.pools import PlannedGroup, check_complete, planned_groups
 from expertmesh.services.settings import ExpertsSettings, MeshSettings
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -60,6 +60,7 @@ def plan_start(settings: MeshSettings) -> StartPlan:
     num_experts = max(layers.values())
     value_bytes = _value_bytes(settings, checkpoint)
     groups = planned_groups(settings.experts, num_experts)
+    check_complete(groups, layers)
     expert_bytes = {
         layer: reader.expert_shape(layer).num_parameters * value_bytes for layer in layers
     }

@@ -100,6 +100,9 @@ class PoolSettings(Settings):
     experts: str = ""
     """Experts of every layer that the pool holds, like "0-63"; "" is all. An expert may be in
     several pools: its rows then go where they are computed sooner."""
+    shares: list[str | dict[int, str]] = Field(default=[])
+    """What each group holds instead of an equal part of `experts`: ids like "0-15" of every layer,
+    or by layer. `expertmesh k8s render` writes them."""
     replicas: PositiveInt = 1
     """Replicas of each group."""
     num_gpus: NonNegativeFloat | None = None
@@ -116,8 +119,9 @@ class ExpertsSettings(Heartbeats):
     replicas: PositiveInt = 1
     """Replicas of each group; with `scaling.mode: on` there are `scaling.min_replicas` at first."""
     pools: dict[PoolName, PoolSettings] = Field(default={})
-    """Groups for several kinds of machines, by name, each with `groups`, `experts`, `replicas`,
-    `num_gpus` and `label_selector`; then `groups` and `replicas` above count for nothing."""
+    """Groups for several kinds of machines, by name, each with `groups`, `experts` or `shares`,
+    `replicas`, `num_gpus` and `label_selector`; then `groups` and `replicas` above count for
+    nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" computes on a GPU if Ray gave the replica one, else on the CPU."""
     num_gpus: NonNegativeFloat = 0.0

@@ -7,6 +7,7 @@ from typing import get_args
 
 from expertmesh.runtime.errors import ConfigError
 from expertmesh.services.commands.common import Subparsers, add_settings, settings_from
+from expertmesh.services.commands.plan import add_load
 from expertmesh.services.settings import Dtype
 
 
@@ -27,17 +28,21 @@ def _add_render(commands: Subparsers) -> None:
     parser.add_argument("--out", type=Path, help="directory; default k8s/overlays/MODEL")
     parser.add_argument("--base", type=Path, default=Path("k8s/base"), help="the base's directory")
     parser.add_argument("--dtype", default="auto", choices=get_args(Dtype), help="of the experts")
+    add_load(parser)
     parser.set_defaults(run=_render)
 
 
 def _render(args: argparse.Namespace) -> int:
     from expertmesh.services.gpus import parse_gpus, parse_own
-    from expertmesh.services.k8s.render import render
+    from expertmesh.services.k8s.render import Request, render
     from expertmesh.services.k8s.report import lines_of
 
     gpus = parse_gpus(args.gpus, parse_own(args.gpu))
     out = args.out or args.base.parent / "overlays" / Path(args.model_dir).resolve().name
-    for line in lines_of(render(args.model_dir, gpus, args.base, out, args.dtype)):
+    asked = Request(
+        args.model_dir, gpus, args.base, out, args.dtype, args.batch_tokens, args.popularity
+    )
+    for line in lines_of(render(asked)):
         print(line)
     return 0
 

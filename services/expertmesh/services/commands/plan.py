@@ -31,19 +31,11 @@ def add(subparsers: Subparsers) -> None:
         metavar="NAME=GB,GB_PER_S,TFLOPS",
         help="a GPU that is not known: memory, bandwidth, 16 bit rate; may be repeated",
     )
-    parser.add_argument(
-        "--popularity", type=Path, help="CSV of layer,expert,rows, as `status --usage` prints it"
-    )
+    add_load(parser)
     parser.add_argument(
         "--prices", type=Path, help="YAML of the price of an hour of each GPU, like `a100: 1.80`"
     )
     parser.add_argument("--dtype", default="auto", choices=get_args(Dtype), help="of the experts")
-    parser.add_argument(
-        "--batch-tokens",
-        type=_positive,
-        default=DEFAULT_BATCH_TOKENS,
-        help="tokens that go through a layer together",
-    )
     parser.add_argument(
         "--tokens-per-s", type=float, help="measured, for the cost; else the data sheets' best"
     )
@@ -56,6 +48,19 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
     add_access(parser)
     parser.set_defaults(run=run)
+
+
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """Declare what a plan assumes of the load."""
+    parser.add_argument(
+        "--popularity", type=Path, help="CSV of layer,expert,rows, as `status --usage` prints it"
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        default=DEFAULT_BATCH_TOKENS,
+        help="tokens that go through a layer together",
+    )
 
 
 def _positive(text: str) -> int:

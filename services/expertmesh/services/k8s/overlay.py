@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from expertmesh.services.k8s.pools import GpuPool
 from expertmesh.services.k8s.products import PRODUCT_LABEL, PRODUCTS
 from expertmesh.services.k8s.sizing import (
     GIB,
-    GpuPool,
     ModelSizes,
-    gateway_bytes,
-    router_bytes,
-    volume_bytes,
-    worker_bytes,
+    Need,
+    gateway_need,
+    router_need,
+    volume_need,
+    worker_need,
 )
 from expertmesh.services.settings import MeshSettings
 
@@ -37,6 +38,16 @@ class Overlay:
     settings: MeshSettings
     base: str
     """Path from the overlay to the base."""
+
+    def needs(self) -> dict[str, Need]:
+        """Memory of each kind of Pod, and the volume."""
+        settings = self.settings
+        return {
+            "gateway": gateway_need(self.sizes, settings.gateway.kv_cache_tokens),
+            "router": router_need(self.sizes),
+            "worker": worker_need(settings.experts.host_memory_bytes),
+            "volume": volume_need(self.sizes),
+        }
 
 
 def mesh_values(
@@ -111,7 +122,7 @@ def _into_ray_service(config_map: str) -> Manifest:
 def worker_groups(overlay: Overlay, template: Manifest) -> Manifest:
     """A patch that puts a group of Pods for each pool in place of the base's."""
     [group] = template["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    memory_bytes = worker_bytes(overlay.settings.experts.host_memory_bytes)
+    memory_bytes = overlay.needs()["worker"].num_bytes
     groups = [_worker_group(group, pool, memory_bytes) for pool in overlay.pools.values()]
     return {
         "apiVersion": template["apiVersion"],
@@ -123,7 +134,7 @@ def worker_groups(overlay: Overlay, template: Manifest) -> Manifest:
 
 def _worker_group(template: Manifest, pool: GpuPool, memory_bytes: int) -> Manifest:
     group: Manifest = copy.deepcopy(template)
-    name = pool.gpu.name
+    name = pool.gpu
     group |= {
         "groupName": name,
         "replicas": pool.num_gpus,
@@ -152,11 +163,8 @@ def _on_nodes_with(products: tuple[str, ...]) -> Manifest:
 
 
 def _deployments(overlay: Overlay) -> list[Manifest]:
-    sizes = {
-        "gateway": gateway_bytes(overlay.sizes, overlay.settings.gateway.kv_cache_tokens),
-        "router": router_bytes(overlay.sizes),
-    }
-    return [_memory_of(name, size) for name, size in sizes.items()]
+    needs = overlay.needs()
+    return [_memory_of(name, needs[name].num_bytes) for name in ("gateway", "router")]
 
 
 def _memory_of(name: str, memory_bytes: int) -> Manifest:
@@ -182,7 +190,7 @@ def _disruption_budget(overlay: Overlay) -> Manifest:
 
 
 def _claim(overlay: Overlay) -> Manifest:
-    storage = quantity(volume_bytes(overlay.sizes))
+    storage = quantity(overlay.needs()["volume"].num_bytes)
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
