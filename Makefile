@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --progress-bar off -q
 
-.PHONY: help setup demo demo-model parity test unit integration k8s e2e check fmt protos bench chaos fuzz clean
+.PHONY: help setup demo demo-model parity test unit integration k8s images e2e check fmt protos bench chaos fuzz clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ integration: $(STAMP)  ## tests with real Redis and gRPC
 
 k8s: $(STAMP)  ## tests of manifests and images
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/k8s
+
+images: $(STAMP)  ## build and run the images (needs root, podman, debootstrap; 10 minutes the first time)
+	IMAGES=1 $(BIN)/python -m pytest tests/k8s/test_built_images.py
 
 e2e: $(STAMP)  ## tests of the whole mesh in processes, with real Ray
 	$(BIN)/python -m pytest tests/e2e

@@ -7,9 +7,16 @@ from typing import Any
 
 import yaml
 from tests.k8s.policy import selects
-from tests.k8s.rendering import Manifest, named
+from tests.k8s.rendering import Manifest, label, named, of_kind
 
-from expertmesh.services.k8s.sizing import GIB, worker_need
+from expertmesh.services.k8s.render import model_sizes
+from expertmesh.services.k8s.sizing import (
+    GIB,
+    gateway_need,
+    router_need,
+    volume_need,
+    worker_need,
+)
 from expertmesh.services.preflight import plan_start
 from expertmesh.services.settings import MeshSettings
 
@@ -37,6 +44,8 @@ def faults(documents: list[Manifest], settings: MeshSettings) -> Iterator[str]:
     """The Pods of each pool have the CPUs, GPUs and memory that its replicas reserve."""
     ray = named(documents, "RayService", "experts")["spec"]["rayClusterConfig"]
     apps = serve_config(documents)["applications"]
+    if settings.model == DEMO_IN_IMAGE:
+        yield from of_checkpoint(documents, settings, DEMO)
     for at, group in enumerate(ray["workerGroupSpecs"]):
         own = [
             app
@@ -59,6 +68,37 @@ def faults(documents: list[Manifest], settings: MeshSettings) -> Iterator[str]:
                 f"{where}.template.spec.containers[0].resources.limits.memory: expected at least "
                 f"{needed_bytes / GIB:g}Gi for {replicas} replicas in {group['minReplicas']} Pods, "
                 f"got {limits['memory']}"
+            )
+
+
+def of_checkpoint(
+    documents: list[Manifest], settings: MeshSettings, checkpoint: str
+) -> Iterator[str]:
+    """Gateway, router and volume have the room that the planner says this model needs.
+
+    Args:
+        checkpoint: where the model lies here.
+    """
+    sizes = model_sizes(checkpoint, settings.dtype)
+    needs = {
+        "gateway": gateway_need(sizes, settings.gateway.kv_cache_tokens),
+        "router": router_need(sizes),
+    }
+    for document in of_kind(documents, "Deployment"):
+        containers = document["spec"]["template"]["spec"]["containers"]
+        for own in containers:
+            need, limit = needs.get(own["name"]), own["resources"]["limits"]["memory"]
+            if need and quantity(limit) < need.num_bytes:
+                yield (
+                    f"{label(document)}: container {own['name']}: resources.limits.memory: "
+                    f"expected at least {need}; got {limit}"
+                )
+    for claim in of_kind(documents, "PersistentVolumeClaim"):
+        need, storage = volume_need(sizes), claim["spec"]["resources"]["requests"]["storage"]
+        if quantity(storage) < need.num_bytes:
+            yield (
+                f"{label(claim)}: spec.resources.requests.storage: expected at least {need}; "
+                f"got {storage}"
             )
 
 

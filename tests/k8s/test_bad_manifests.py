@@ -129,6 +129,11 @@ def little_memory(documents: list[Manifest]) -> None:
     resources["requests"]["memory"] = resources["limits"]["memory"] = "1Gi"
 
 
+def little_memory_of_the_gateway(documents: list[Manifest]) -> None:
+    resources = container(documents, "gateway")["resources"]
+    resources["requests"]["memory"] = resources["limits"]["memory"] = "512Mi"
+
+
 def little_cpu(documents: list[Manifest]) -> None:
     worker(documents)["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] = "1"
 
@@ -217,6 +222,10 @@ BAD: list[tuple[Change, str]] = [
     (missing_secret_of_the_head, "redisPassword: no Secret 'redis-gcs' with a key 'pasword'"),
     (missing_claim, "persistentVolumeClaim.claimName: no claim 'weigths'"),
     (little_memory, "resources.limits.memory: expected at least 2Gi for 4 replicas in 2 Pods"),
+    (
+        little_memory_of_the_gateway,
+        "container gateway: resources.limits.memory: expected at least 1 GiB: process 500.00 MiB",
+    ),
     (little_cpu, "workerGroupSpecs[0]: cpu: its replicas reserve 4, its Pods have 2"),
     (misspelt_field, "spec.rayClusterConfig.workerGroupSpecs[0]: Additional properties"),
     (wrong_type, "workerGroupSpecs[0].replicas: 'two' is not of type 'integer'"),

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from tests.checkpoints import tiny_checkpoint
 from tests.k8s import mesh_agreement, metric_agreement, policy, schemas
-from tests.k8s.capacity_agreement import serve_config
+from tests.k8s.capacity_agreement import of_checkpoint, serve_config
 from tests.k8s.rendering import K8S, Manifest, kustomize, named
 
 from expertmesh.experts.assignment import parse_ids
@@ -55,6 +55,21 @@ def test_what_is_written_passes_every_check(
     said = capsys.readouterr().out
     assert said.startswith("tiny-moe: 2 layers of 8 experts, on ")
     assert "kubectl apply --server-side -k" in said
+
+
+def test_less_than_the_planner_needs_is_found(checkpoint: Path, base: Path) -> None:
+    documents = render(checkpoint, base, "l4x2")
+    settings = mesh_agreement.settings_of(documents)
+    assert list(of_checkpoint(documents, settings, str(checkpoint))) == []
+    claim = named(documents, "PersistentVolumeClaim", "weights")["spec"]["resources"]
+    claim["requests"]["storage"] = "1Mi"
+    ray = named(documents, "RayService", "experts")["spec"]["rayClusterConfig"]
+    [worker] = ray["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    worker["resources"]["limits"]["memory"] = "4Gi"
+    [storage] = of_checkpoint(documents, settings, str(checkpoint))
+    assert " weights: spec.resources.requests.storage: expected at least 1 GiB: " in storage
+    faults = mesh_agreement.faults(documents)
+    assert any("resources.limits.memory: expected at least 6Gi" in fault for fault in faults)
 
 
 def held_by(documents: list[Manifest]) -> dict[str, set[int]]:
