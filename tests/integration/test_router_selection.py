@@ -142,6 +142,7 @@ async def test_explanations_are_of_what_a_call_does(caller: RouterCaller) -> Non
         ({"quality_budget": 1.0}, "quality_budget: Input should be less than 1"),
         ({"quality_budget": -0.5}, "quality_budget: Input should be greater than or equal to 0"),
         ({"quality_budget": float("nan")}, "quality_budget: Input should be"),
+        ({"layer_budgets": [-1.0]}, "layer_budgets.0: Input should be greater than or equal to 0"),
         ({"policy": "magic"}, "policy: Input should be 'budget', 'cache_prior' or 'max_rank'"),
         ({"top_k": 9}, "selection.top_k: expected 0 to 8, the model's experts, got 9"),
         (

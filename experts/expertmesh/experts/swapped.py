@@ -15,8 +15,8 @@ from expertmesh.experts.reader import ExpertShape
 from expertmesh.experts.residency import ExpertKey
 from expertmesh.experts.stack import ExpertStack
 
-Likely = Callable[[int, Sequence[int]], Sequence[ExpertKey]]
-"""Experts that will probably be needed after those of a layer."""
+Likely = Callable[[int, Sequence[int], torch.Tensor], Sequence[ExpertKey]]
+"""(layer, its experts, rows_RD) -> experts that will probably be needed next."""
 
 
 class SwappedFFN:
@@ -53,7 +53,7 @@ class SwappedFFN:
         hidden_RU = rows_RD.new_zeros(len(rows_RD), num_up)
         out_RD = torch.empty_like(rows_RD)
         keys = [ExpertKey(self._layer, expert) for expert in experts]
-        for stacks in self._loader.use(keys, self._likely(self._layer, experts)):
+        for stacks in self._loader.use(keys, self._likely(self._layer, experts, rows_RD)):
             self._compute(rows_RD, hidden_RU, out_RD, stacks, spans)
             if rows_RD.is_cuda:  # kernels read the weights until they have run
                 torch.cuda.current_stream(rows_RD.device).synchronize()

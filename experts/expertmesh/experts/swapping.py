@@ -8,6 +8,7 @@ import torch
 
 from expertmesh.experts.arena import Arena, SlotPlan
 from expertmesh.experts.deployment import ExpertGroupArgs
+from expertmesh.experts.guesses import Guesses, NextGates
 from expertmesh.experts.loader import ExpertLoader
 from expertmesh.experts.loads import Fill
 from expertmesh.experts.prefetch import CoActivation
@@ -17,6 +18,7 @@ from expertmesh.experts.sizing import check_holds_one
 from expertmesh.experts.sources import CheckpointSource, HostCopies, Slowed
 from expertmesh.experts.stack import allocate_on_host
 from expertmesh.experts.swapped import SwappedFFN
+from expertmesh.runtime.gate_names import gate_names
 
 _HOST_HALF_LIFE_PER_EXPERT = 32.0
 """Host memory sees only what the device has not, which is rarely the same expert twice in a row."""
@@ -49,16 +51,16 @@ def swapping(
         device,
     )
     layers = sorted({key.layer for key in plans})
-    together, lock = CoActivation(layers), Lock()
+    gates = NextGates(layers, *_gates(reader, layers, dtype, device))
+    guesses, lock = Guesses(CoActivation(layers), gates, plans.keys()), Lock()
 
-    def likely(layer: int, experts: Sequence[int]) -> Sequence[ExpertKey]:
+    def likely(layer: int, experts: Sequence[int], rows_RD: torch.Tensor) -> Sequence[ExpertKey]:
         if not args.prefetch:
             return ()
         with (
             lock
         ):  # while a batch that nobody waits for any more ends, the event loop may begin one
-            together.observe(layer, experts)
-            return [key for key in together.predict(layer, experts) if key in plans]
+            return guesses.after(layer, experts, rows_RD)
 
     return Swapping(
         {
@@ -67,6 +69,24 @@ def swapping(
         },
         loader,
     )
+
+
+def _gates(
+    reader: ExpertReader, layers: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[dict[int, torch.Tensor], int]:
+    """([E, D] gate weights by layer, experts per token); only guesses depend on them, so what looks
+    unusual is left out."""
+    checkpoint = reader.checkpoint
+    found: dict[int, torch.Tensor] = {}
+    for layer, names in gate_names(checkpoint.names()).items():
+        weights = names.get("gate weight", [])
+        if layer not in layers or len(weights) != 1:
+            continue
+        shape = (reader.num_experts(layer), reader.expert_shape(layer).hidden_size)
+        if tuple(checkpoint.shape(weights[0])) == shape:
+            found[layer] = checkpoint.tensor(weights[0]).to(device, dtype)
+    top_k = checkpoint.text_config.get("num_experts_per_tok")
+    return found, top_k if isinstance(top_k, int) and top_k > 0 else 2
 
 
 def _source(

@@ -26,43 +26,43 @@ from expertmesh.v1 import priority_pb2 as expertmesh_dot_v1_dot_priority__pb2
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/router.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/priority.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\xb2\x02\n\x0f\x44ispatchRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x06hidden\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07\x65xperts\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07weights\x18\x05 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\'\n\x07\x63ombine\x18\x06 \x01(\x0e\x32\x16.expertmesh.v1.Combine\x12\x36\n\x0fmissing_experts\x18\x07 \x01(\x0e\x32\x1d.expertmesh.v1.MissingExperts\x12)\n\x08priority\x18\x0c \x01(\x0e\x32\x17.expertmesh.v1.Priority\"P\n\x10\x44ispatchResponse\x12%\n\x06hidden\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x15\n\rdegraded_mass\x18\x02 \x03(\x02\"\x99\x01\n\x10SelectionOptions\x12\x16\n\x0equality_budget\x18\x01 \x01(\x02\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x18\n\x0b\x63\x61\x63he_prior\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x12\n\nmax_groups\x18\x06 \x01(\rB\x0e\n\x0c_cache_prior\"\x84\x02\n\x0e\x46orwardRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x06hidden\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x16\n\x0ereturn_routing\x18\x04 \x01(\x08\x12\x32\n\tselection\x18\x05 \x01(\x0b\x32\x1f.expertmesh.v1.SelectionOptions\x12\x36\n\x0fmissing_experts\x18\x06 \x01(\x0e\x32\x1d.expertmesh.v1.MissingExperts\x12)\n\x08priority\x18\x0c \x01(\x0e\x32\x17.expertmesh.v1.Priority\"\xb6\x01\n\x0f\x46orwardResponse\x12%\n\x06hidden\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07\x65xperts\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07weights\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x15\n\rgiven_up_mass\x18\x04 \x03(\x02\x12\x15\n\rdegraded_mass\x18\x05 \x03(\x02\"\x89\x01\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x06hidden\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x32\n\tselection\x18\x04 \x01(\x0b\x32\x1f.expertmesh.v1.SelectionOptions\"\xb2\x01\n\rReplicaOption\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07\x63ost_us\x18\x03 \x01(\x02\x12\x16\n\x0ein_flight_rows\x18\x04 \x01(\r\x12\x13\n\x0bothers_rows\x18\x05 \x01(\r\x12\x0e\n\x06\x61ge_ms\x18\x06 \x01(\r\x12\x10\n\x08resident\x18\x07 \x01(\x08\x12\x12\n\nfree_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06reason\x18\t \x01(\t\"\xc7\x01\n\x0c\x45xpertOption\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\r\n\x05logit\x18\x02 \x01(\x02\x12\x0c\n\x04mass\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x17\n\x0fis_gates_choice\x18\x05 \x01(\x08\x12\x13\n\x0bis_selected\x18\x06 \x01(\x08\x12\x0e\n\x06weight\x18\x07 \x01(\x02\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12.\n\x08replicas\x18\t \x03(\x0b\x32\x1c.expertmesh.v1.ReplicaOption\"W\n\x10TokenExplanation\x12,\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1b.expertmesh.v1.ExpertOption\x12\x15\n\rgiven_up_mass\x18\x02 \x01(\x02\"\\\n\x0f\x45xplainResponse\x12/\n\x06tokens\x18\x01 \x03(\x0b\x32\x1f.expertmesh.v1.TokenExplanation\x12\x18\n\x10snapshot_version\x18\x02 \x01(\x04\"\x13\n\x11ListModelsRequest\"\xb8\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12\x13\n\x0bnum_experts\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12#\n\x05\x64type\x18\x07 \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x1b\n\x13\x66orward_unavailable\x18\x08 \x01(\t\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.ModelInfo*K\n\x07\x43ombine\x12\x17\n\x13\x43OMBINE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMBINE_SLOT_SUM\x10\x01\x12\x11\n\rCOMBINE_EAGER\x10\x02*\x8e\x01\n\x0eMissingExperts\x12\x1f\n\x1bMISSING_EXPERTS_UNSPECIFIED\x10\x00\x12\x1a\n\x16MISSING_EXPERTS_STRICT\x10\x01\x12\x1e\n\x1aMISSING_EXPERTS_SUBSTITUTE\x10\x02\x12\x1f\n\x1bMISSING_EXPERTS_RENORMALISE\x10\x03\x32\xc3\x02\n\rRouterService\x12K\n\x08\x44ispatch\x12\x1e.expertmesh.v1.DispatchRequest\x1a\x1f.expertmesh.v1.DispatchResponse\x12H\n\x07\x46orward\x12\x1d.expertmesh.v1.ForwardRequest\x1a\x1e.expertmesh.v1.ForwardResponse\x12H\n\x07\x45xplain\x12\x1d.expertmesh.v1.ExplainRequest\x1a\x1e.expertmesh.v1.ExplainResponse\x12Q\n\nListModels\x12 .expertmesh.v1.ListModelsRequest\x1a!.expertmesh.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/router.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/priority.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\xb2\x02\n\x0f\x44ispatchRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x06hidden\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07\x65xperts\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07weights\x18\x05 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\'\n\x07\x63ombine\x18\x06 \x01(\x0e\x32\x16.expertmesh.v1.Combine\x12\x36\n\x0fmissing_experts\x18\x07 \x01(\x0e\x32\x1d.expertmesh.v1.MissingExperts\x12)\n\x08priority\x18\x0c \x01(\x0e\x32\x17.expertmesh.v1.Priority\"P\n\x10\x44ispatchResponse\x12%\n\x06hidden\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x15\n\rdegraded_mass\x18\x02 \x03(\x02\"\xb0\x01\n\x10SelectionOptions\x12\x16\n\x0equality_budget\x18\x01 \x01(\x02\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x18\n\x0b\x63\x61\x63he_prior\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x12\n\nmax_groups\x18\x06 \x01(\r\x12\x15\n\rlayer_budgets\x18\x07 \x03(\x02\x42\x0e\n\x0c_cache_prior\"\x84\x02\n\x0e\x46orwardRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x06hidden\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x16\n\x0ereturn_routing\x18\x04 \x01(\x08\x12\x32\n\tselection\x18\x05 \x01(\x0b\x32\x1f.expertmesh.v1.SelectionOptions\x12\x36\n\x0fmissing_experts\x18\x06 \x01(\x0e\x32\x1d.expertmesh.v1.MissingExperts\x12)\n\x08priority\x18\x0c \x01(\x0e\x32\x17.expertmesh.v1.Priority\"\xb6\x01\n\x0f\x46orwardResponse\x12%\n\x06hidden\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07\x65xperts\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12&\n\x07weights\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x15\n\rgiven_up_mass\x18\x04 \x03(\x02\x12\x15\n\rdegraded_mass\x18\x05 \x03(\x02\"\x89\x01\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12%\n\x06hidden\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x32\n\tselection\x18\x04 \x01(\x0b\x32\x1f.expertmesh.v1.SelectionOptions\"\xb2\x01\n\rReplicaOption\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0f\n\x07\x63ost_us\x18\x03 \x01(\x02\x12\x16\n\x0ein_flight_rows\x18\x04 \x01(\r\x12\x13\n\x0bothers_rows\x18\x05 \x01(\r\x12\x0e\n\x06\x61ge_ms\x18\x06 \x01(\r\x12\x10\n\x08resident\x18\x07 \x01(\x08\x12\x12\n\nfree_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06reason\x18\t \x01(\t\"\xc7\x01\n\x0c\x45xpertOption\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\r\n\x05logit\x18\x02 \x01(\x02\x12\x0c\n\x04mass\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x17\n\x0fis_gates_choice\x18\x05 \x01(\x08\x12\x13\n\x0bis_selected\x18\x06 \x01(\x08\x12\x0e\n\x06weight\x18\x07 \x01(\x02\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12.\n\x08replicas\x18\t \x03(\x0b\x32\x1c.expertmesh.v1.ReplicaOption\"W\n\x10TokenExplanation\x12,\n\x07\x65xperts\x18\x01 \x03(\x0b\x32\x1b.expertmesh.v1.ExpertOption\x12\x15\n\rgiven_up_mass\x18\x02 \x01(\x02\"\\\n\x0f\x45xplainResponse\x12/\n\x06tokens\x18\x01 \x03(\x0b\x32\x1f.expertmesh.v1.TokenExplanation\x12\x18\n\x10snapshot_version\x18\x02 \x01(\x04\"\x13\n\x11ListModelsRequest\"\xb8\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x03(\r\x12\x13\n\x0bnum_experts\x18\x04 \x01(\r\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12#\n\x05\x64type\x18\x07 \x01(\x0e\x32\x14.expertmesh.v1.DType\x12\x1b\n\x13\x66orward_unavailable\x18\x08 \x01(\t\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.ModelInfo*K\n\x07\x43ombine\x12\x17\n\x13\x43OMBINE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMBINE_SLOT_SUM\x10\x01\x12\x11\n\rCOMBINE_EAGER\x10\x02*\x8e\x01\n\x0eMissingExperts\x12\x1f\n\x1bMISSING_EXPERTS_UNSPECIFIED\x10\x00\x12\x1a\n\x16MISSING_EXPERTS_STRICT\x10\x01\x12\x1e\n\x1aMISSING_EXPERTS_SUBSTITUTE\x10\x02\x12\x1f\n\x1bMISSING_EXPERTS_RENORMALISE\x10\x03\x32\xc3\x02\n\rRouterService\x12K\n\x08\x44ispatch\x12\x1e.expertmesh.v1.DispatchRequest\x1a\x1f.expertmesh.v1.DispatchResponse\x12H\n\x07\x46orward\x12\x1d.expertmesh.v1.ForwardRequest\x1a\x1e.expertmesh.v1.ForwardResponse\x12H\n\x07\x45xplain\x12\x1d.expertmesh.v1.ExplainRequest\x1a\x1e.expertmesh.v1.ExplainResponse\x12Q\n\nListModels\x12 .expertmesh.v1.ListModelsRequest\x1a!.expertmesh.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMBINE']._serialized_start=2076
-  _globals['_COMBINE']._serialized_end=2151
-  _globals['_MISSINGEXPERTS']._serialized_start=2154
-  _globals['_MISSINGEXPERTS']._serialized_end=2296
+  _globals['_COMBINE']._serialized_start=2099
+  _globals['_COMBINE']._serialized_end=2174
+  _globals['_MISSINGEXPERTS']._serialized_start=2177
+  _globals['_MISSINGEXPERTS']._serialized_end=2319
   _globals['_DISPATCHREQUEST']._serialized_start=104
   _globals['_DISPATCHREQUEST']._serialized_end=410
   _globals['_DISPATCHRESPONSE']._serialized_start=412
   _globals['_DISPATCHRESPONSE']._serialized_end=492
   _globals['_SELECTIONOPTIONS']._serialized_start=495
-  _globals['_SELECTIONOPTIONS']._serialized_end=648
-  _globals['_FORWARDREQUEST']._serialized_start=651
-  _globals['_FORWARDREQUEST']._serialized_end=911
-  _globals['_FORWARDRESPONSE']._serialized_start=914
-  _globals['_FORWARDRESPONSE']._serialized_end=1096
-  _globals['_EXPLAINREQUEST']._serialized_start=1099
-  _globals['_EXPLAINREQUEST']._serialized_end=1236
-  _globals['_REPLICAOPTION']._serialized_start=1239
-  _globals['_REPLICAOPTION']._serialized_end=1417
-  _globals['_EXPERTOPTION']._serialized_start=1420
-  _globals['_EXPERTOPTION']._serialized_end=1619
-  _globals['_TOKENEXPLANATION']._serialized_start=1621
-  _globals['_TOKENEXPLANATION']._serialized_end=1708
-  _globals['_EXPLAINRESPONSE']._serialized_start=1710
-  _globals['_EXPLAINRESPONSE']._serialized_end=1802
-  _globals['_LISTMODELSREQUEST']._serialized_start=1804
-  _globals['_LISTMODELSREQUEST']._serialized_end=1823
-  _globals['_MODELINFO']._serialized_start=1826
-  _globals['_MODELINFO']._serialized_end=2010
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2012
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2074
-  _globals['_ROUTERSERVICE']._serialized_start=2299
-  _globals['_ROUTERSERVICE']._serialized_end=2622
+  _globals['_SELECTIONOPTIONS']._serialized_end=671
+  _globals['_FORWARDREQUEST']._serialized_start=674
+  _globals['_FORWARDREQUEST']._serialized_end=934
+  _globals['_FORWARDRESPONSE']._serialized_start=937
+  _globals['_FORWARDRESPONSE']._serialized_end=1119
+  _globals['_EXPLAINREQUEST']._serialized_start=1122
+  _globals['_EXPLAINREQUEST']._serialized_end=1259
+  _globals['_REPLICAOPTION']._serialized_start=1262
+  _globals['_REPLICAOPTION']._serialized_end=1440
+  _globals['_EXPERTOPTION']._serialized_start=1443
+  _globals['_EXPERTOPTION']._serialized_end=1642
+  _globals['_TOKENEXPLANATION']._serialized_start=1644
+  _globals['_TOKENEXPLANATION']._serialized_end=1731
+  _globals['_EXPLAINRESPONSE']._serialized_start=1733
+  _globals['_EXPLAINRESPONSE']._serialized_end=1825
+  _globals['_LISTMODELSREQUEST']._serialized_start=1827
+  _globals['_LISTMODELSREQUEST']._serialized_end=1846
+  _globals['_MODELINFO']._serialized_start=1849
+  _globals['_MODELINFO']._serialized_end=2033
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2035
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2097
+  _globals['_ROUTERSERVICE']._serialized_start=2322
+  _globals['_ROUTERSERVICE']._serialized_end=2645
 # @@protoc_insertion_point(module_scope)

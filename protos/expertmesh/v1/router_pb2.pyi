@@ -171,6 +171,7 @@ class SelectionOptions(_message.Message):
     MAX_RANK_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     MAX_GROUPS_FIELD_NUMBER: _builtins.int
+    LAYER_BUDGETS_FIELD_NUMBER: _builtins.int
     quality_budget: _builtins.float
     """Share of a token's gate mass that may be given up, from 0 (the gate's choice, bit for bit) to below 1."""
     policy: _builtins.str
@@ -183,6 +184,10 @@ class SelectionOptions(_message.Message):
     """Experts per token; 0 means the model's number."""
     max_groups: _builtins.int
     """Expert groups that a token's experts may come from at most; 0 means any number."""
+    @_builtins.property
+    def layer_budgets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Budget of each decoder layer as a multiple of quality_budget, the first layer first, at most 1024; layers beyond have 1."""
+
     def __init__(
         self,
         *,
@@ -192,10 +197,11 @@ class SelectionOptions(_message.Message):
         max_rank: _builtins.int = ...,
         top_k: _builtins.int = ...,
         max_groups: _builtins.int = ...,
+        layer_budgets: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_prior", b"_cache_prior", "cache_prior", b"cache_prior"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_prior", b"_cache_prior", "cache_prior", b"cache_prior", "max_groups", b"max_groups", "max_rank", b"max_rank", "policy", b"policy", "quality_budget", b"quality_budget", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_prior", b"_cache_prior", "cache_prior", b"cache_prior", "layer_budgets", b"layer_budgets", "max_groups", b"max_groups", "max_rank", b"max_rank", "policy", b"policy", "quality_budget", b"quality_budget", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_prior: _TypeAlias = _typing.Literal["cache_prior"]  # noqa: Y015
     _WhichOneofArgType__cache_prior: _TypeAlias = _typing.Literal["_cache_prior", b"_cache_prior"]  # noqa: Y015

@@ -3,35 +3,14 @@
 Shapes: E experts, D hidden size.
 """
 
-import re
-from collections.abc import Iterable
-from typing import Literal
-
 import torch
 
 from expertmesh.router.gate import GateWeights
 from expertmesh.router.routing_spec import RoutingSpec
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import UnsupportedCheckpoint
+from expertmesh.runtime.gate_names import GateNames, Role, gate_names
 from expertmesh.runtime.tensors import dtype_name
-
-Role = Literal["gate weight", "gate bias", "correction bias"]
-GateNames = dict[Role, list[str]]
-"""Tensor names of one layer by role; normally one each."""
-
-_BLOCK = r"(?:mlp|block_sparse_moe|feed_forward|mixer|ffn|moe)"
-_GATE = r"(?:gate\.wg|router\.gate|router\.layer|gate|router)"
-_PATTERNS: dict[Role, re.Pattern[str]] = {
-    "gate weight": re.compile(rf"{_BLOCK}\.{_GATE}\.weight"),
-    "gate bias": re.compile(rf"{_BLOCK}\.(?:gate|router)\.bias"),
-    "correction bias": re.compile(
-        rf"{_BLOCK}\.(?:(?:gate|router|experts|moe_statics|gate\.moe_statics)\.)?"
-        r"(?:e_score_correction_bias|expert_bias)"
-    ),
-}
-_IN_LAYER = re.compile(r"(?P<path>.*?)\b(?:layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)")
-_OTHER_MODEL = re.compile(r"\b(?:vision|visual|audio|speech|talker|mtp)")
-"""Layers that are not the language model's own."""
 
 _TRIED: dict[Role, tuple[str, ...]] = {
     "gate weight": (
@@ -62,20 +41,6 @@ _TRIED: dict[Role, tuple[str, ...]] = {
 """The common ones of the names that the patterns accept, for error messages."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def gate_names(tensor_names: Iterable[str]) -> dict[int, GateNames]:
-    """The tensors of every layer that belong to its gate, by layer in ascending order."""
-    found: dict[int, GateNames] = {}
-    for name in tensor_names:
-        match = _IN_LAYER.fullmatch(name)
-        if match is None or _OTHER_MODEL.search(match["path"]):
-            continue
-        for role, pattern in _PATTERNS.items():
-            if pattern.fullmatch(match["rest"]):
-                layer = found.setdefault(int(match["layer"]), {})
-                layer.setdefault(role, []).append(name)
-    return dict(sorted(found.items()))
 
 
 class GateReader:

@@ -1,10 +1,15 @@
 """What may be asked of selection. Imports no torch: the configuration has these fields, too."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from expertmesh.runtime.config import Settings
+
+MAX_LAYERS = 1024
+_Multiple = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_MOST = 1 - 1e-6
+"""A budget is below 1."""
 
 
 class SelectionOptions(Settings):
@@ -20,6 +25,9 @@ class SelectionOptions(Settings):
     """Bonus of cheap experts as a share of the range of a token's scores."""
     max_rank: NonNegativeInt = 0
     """Rank up to which max_rank may swap; 0 is twice the experts per token."""
+    layer_budgets: tuple[_Multiple, ...] = Field(default=(), max_length=MAX_LAYERS)
+    """Budget of each decoder layer as a multiple of `quality_budget`, the first layer first; layers
+    beyond have 1, and so has every layer by default. Layers are not equally sensitive."""
     top_k: NonNegativeInt = 0
     """Experts per token; 0 is the model's own number."""
     max_groups: NonNegativeInt = 0
@@ -29,3 +37,10 @@ class SelectionOptions(Settings):
     def is_exact(self) -> bool:
         """Whether the gate's own choice is what comes out."""
         return not (self.quality_budget or self.top_k or self.max_groups)
+
+    def of_layer(self, layer: int) -> "SelectionOptions":
+        """The same with the layer's own quality budget."""
+        if layer >= len(self.layer_budgets) or not self.quality_budget:
+            return self
+        budget = min(self.quality_budget * self.layer_budgets[layer], _MOST)
+        return self.model_copy(update={"quality_budget": budget, "layer_budgets": ()})

@@ -80,7 +80,7 @@ class Selector:
         scored = self.scored(layer, hidden_TD)
         costs = self._core.expert_costs(layer)
         with torch.inference_mode():
-            return Selected(scored, costs, select(scored, costs, options))
+            return Selected(scored, costs, select(scored, costs, options.of_layer(layer)))
 
     def scored(self, layer: int, hidden_TD: torch.Tensor, field: str = "selection") -> Scored:
         """What the layer's gate thinks of every expert; raises as `check`."""
@@ -172,6 +172,7 @@ def options_from(message: router_pb2.SelectionOptions) -> Mapping[str, Any]:
         "quality_budget": message.quality_budget,
         "policy": message.policy or "budget",
         "max_rank": message.max_rank,
+        "layer_budgets": tuple(message.layer_budgets),
         "top_k": message.top_k,
         "max_groups": message.max_groups,
     }

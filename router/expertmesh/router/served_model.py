@@ -12,10 +12,11 @@ import torch
 from expertmesh.router.combine import CombineMode
 from expertmesh.router.families import routing_spec
 from expertmesh.router.gate import GateWeights
-from expertmesh.router.gate_weights import GateReader, gate_names
+from expertmesh.router.gate_weights import GateReader
 from expertmesh.router.routing_spec import RoutingSpec
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import ExpertMeshError, UnknownExpert
+from expertmesh.runtime.gate_names import gate_names
 from expertmesh.runtime.tensors import wire_dtype
 from expertmesh.v1 import router_pb2
 

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertmesh.router.families import routing_spec
 from expertmesh.router.gate import GateWeights
-from expertmesh.router.gate_weights import GateReader, gate_names
+from expertmesh.router.gate_weights import GateReader
 from expertmesh.router.routing_spec import RoutingSpec
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.errors import UnsupportedCheckpoint
+from expertmesh.runtime.gate_names import gate_names
 
 MIXTRAL = RoutingSpec(num_experts=8, top_k=2)
 GATE = "model.layers.1.block_sparse_moe.gate.weight"

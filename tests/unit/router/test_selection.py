@@ -220,3 +220,24 @@ def test_few_and_many_tokens_are_swapped_alike(
         few.give_up(expert)
         many.give_up(expert)
     assert torch.equal(few.experts(), many.experts())
+
+
+def test_layers_may_have_budgets_of_their_own() -> None:
+    options = SelectionOptions(quality_budget=0.2, layer_budgets=(0, 2, 9))
+    budgets = [options.of_layer(layer).quality_budget for layer in range(4)]
+    assert budgets[0] == 0
+    assert budgets[1] == pytest.approx(0.4)
+    assert 0.99 < budgets[2] < 1, "never all of it"
+    assert budgets[3] == 0.2, "layers beyond the list"
+    assert options.of_layer(0).is_exact
+
+
+def test_no_budget_has_no_multiples() -> None:
+    assert SelectionOptions(layer_budgets=(3.0,)).is_exact
+    assert SelectionOptions(layer_budgets=(3.0,)).of_layer(0).is_exact
+
+
+@pytest.mark.parametrize("multiples", [(-1.0,), (math.nan,), (math.inf,), (1.0,) * 1025])
+def test_multiples_are_at_most_1024_numbers_from_0(multiples: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="layer_budgets"):
+        validate(SelectionOptions, {"layer_budgets": multiples})

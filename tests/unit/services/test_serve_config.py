@@ -203,6 +203,7 @@ def test_every_setting_reaches_the_gateway() -> None:
     changed = {"mesh": "prod", "dtype": "float16", "deterministic": True, "log_level": "ERROR"}
     shared = changed | {"max_message_bytes": 9, "otlp_endpoint": "h:1", "trace_sample_frac": 0.5}
     selection = {"exact_sample_frac": 0.5, "policy": "max_rank", "max_rank": 3, "cache_prior": 1.0}
+    selection["layer_budgets"] = (0.5, 2.0)
     nested = {f"gateway__{name}": value for name, value in of_gateway.items()}
     nested |= {f"selection__{name}": value for name, value in selection.items()}
     failover = {"hedge_frac": 0.1, "hedge_burst": 3, "silent_s": 2.0}
