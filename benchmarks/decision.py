@@ -12,7 +12,6 @@ from benchmarks.harness.turns import ClosedLoop, ratio, summary, take_turns
 from expertmesh.router.core import RouterCore
 from expertmesh.router.families import routing_spec
 from expertmesh.router.gate import GateWeights, route
-from expertmesh.router.plan import slot_order, slots_by_expert
 from expertmesh.runtime.telemetry import configure
 from expertmesh.v1 import control_pb2, tensor_pb2
 
@@ -86,9 +85,7 @@ def _contestants(num_tokens: int) -> list[ClosedLoop]:
 
     def whole(core: RouterCore) -> object:
         experts_TK = route(spec, hidden_TD, gate).experts_TK  # type: ignore[arg-type]
-        experts_S = experts_TK.reshape(-1).tolist()
-        slots = slots_by_expert(experts_S, slot_order(experts_S, experts_TK, "slot_sum"))
-        return core.plan(0, slots, {}, ())
+        return core.plan_call(0, experts_TK)
 
     single, double = _core(1), _core(2)
     named = {

@@ -16,7 +16,7 @@ from expertmesh.runtime import wire
 
 _SEAMS: tuple[tuple[Any, str, str, bool], ...] = (
     (core, "check_routing", "the router's loop has the call", False),
-    (core, "slots_by_expert", "the rows are sorted by expert (select)", True),
+    (core, "slots_of_call", "the rows are sorted by expert (select)", True),
     (live_mesh, "plan", "the replicas are chosen (plan)", True),
     (Leg, "send", "all messages are encoded and queued (encode)", True),
     (wire, "decode", "the last answer is in (send, queue, batch, compute)", False),

@@ -149,14 +149,17 @@ class MicroBatcher:
             QueueFull, Draining: as `submit`.
         """
         self._check_open()
-        self._queue.check_room(rows.num_rows, rows.rows_RD.nbytes)
-        self.stats.arrived_rows += rows.num_rows
+        num_rows, stats = rows.num_rows, self.stats
+        self._queue.check_room(num_rows, rows.rows_RD.nbytes)
+        stats.arrived_rows += num_rows
+        started_s = self._clock()
         try:
-            [rows_RD], compute_s = self._timed([rows])
+            rows_RD = self._compute(rows)
         except Exception as error:
             raise self._failed(error) from error
-        self._account([rows], 0.0, compute_s, is_ready=True)
-        return Computed(rows_RD, 0.0, compute_s, rows.num_rows)
+        compute_s = self._clock() - started_s
+        self._account(num_rows, len(rows.experts), 0.0, compute_s, is_ready=True)
+        return Computed(rows_RD, 0.0, compute_s, num_rows)
 
     def _failed(self, error: Exception) -> ExpertMeshError:
         if isinstance(error, ExpertMeshError):  # ours and meant for the caller
@@ -166,16 +169,16 @@ class MicroBatcher:
 
     def _account(
         self,
-        requests: Sequence[PackedRows],
+        num_rows: int,
+        num_experts: int,
         queue_s: float,
         compute_s: float,
         is_ready: bool,
         waited_row_s: float = 0.0,
     ) -> None:
-        num_rows = sum(rows.num_rows for rows in requests)
         self.stats.observe(num_rows, queue_s, compute_s, waited_row_s)
         if is_ready:  # loads of weights have a price of their own
-            self.stats.fit.observe(len(experts_of(requests)), num_rows, compute_s * 1e6)
+            self.stats.fit.observe(num_experts, num_rows, compute_s * 1e6)
         self._on_batch(num_rows, compute_s)
 
     def _check_open(self) -> None:
@@ -241,7 +244,8 @@ class MicroBatcher:
             self._observe_wall(batch, requests)
             waited_row_s = sum(work.num_rows * (started_s - work.arrived_s) for work in batch)
             queue_s = started_s - min(work.arrived_s for work in batch)
-            self._account(requests, queue_s, compute_s, is_ready, waited_row_s)
+            num_experts = len(experts_of(requests))
+            self._account(num_rows, num_experts, queue_s, compute_s, is_ready, waited_row_s)
         for work, rows_RD in zip(batch, outputs, strict=True):
             if not work.answer.done():
                 queue_s = started_s - work.arrived_s

@@ -34,6 +34,9 @@ class CostFit:
     def __init__(self) -> None:
         self.cost = BatchCost()
         self._count = 0
+        self._unseen: list[tuple[int, int, float]] = []
+        """Batches since the last fit: they are folded in when the costs are fitted, in one go, as
+        between other work each of them takes several times as long."""
         self._squares = [[0.0] * 3 for _ in range(3)]
         self._sums = [0.0] * 3
 
@@ -47,14 +50,20 @@ class CostFit:
         """
         if compute_us <= 0:  # a clock that stands still says nothing
             return
+        self._unseen.append((num_experts, num_rows, compute_us))
+        self._count += 1
+        if self._count <= _FIRST_BATCHES or self._count % _REFIT_BATCHES == 0:
+            for batch in self._unseen:
+                self._fold_in(*batch)
+            self._unseen.clear()
+            self.cost = BatchCost(*_non_negative(self._squares, self._sums))
+
+    def _fold_in(self, num_experts: int, num_rows: int, compute_us: float) -> None:
         features = (1 / compute_us, num_experts / compute_us, num_rows / compute_us)
         for i, left in enumerate(features):
             self._sums[i] = _FORGET * self._sums[i] + left
             for j, right in enumerate(features):
                 self._squares[i][j] = _FORGET * self._squares[i][j] + left * right
-        self._count += 1
-        if self._count <= _FIRST_BATCHES or self._count % _REFIT_BATCHES == 0:
-            self.cost = BatchCost(*_non_negative(self._squares, self._sums))
 
 
 def _non_negative(squares: list[Vector], sums: Vector) -> Vector:

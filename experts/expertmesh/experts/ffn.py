@@ -119,7 +119,7 @@ class ExpertFFN:
         """
         slots = self._slots_of(experts)
         assert slots == sorted(set(slots)), "experts must be ascending and distinct"
-        assert sum(rows_per_expert) == len(rows_RD), "rows_per_expert must add up to the rows"
+        assert sum(rows_per_expert) == rows_RD.shape[0], "rows_per_expert must add up to the rows"
         stack, rows_RD = self.stack, aligned(rows_RD)
         hidden_RU = stack.up(rows_RD, slots, rows_per_expert)
         _add_biases(hidden_RU, stack.up_bias_SU, slots, rows_per_expert)

@@ -135,9 +135,12 @@ class Replica:
         keep_freed_memory()
         telemetry = configure("expert", args.otlp_endpoint, instance=name, sample_frac=0.0)
 
+        batch_rows = telemetry.metrics.batch_rows.share(args.group)
+        compute_time = telemetry.metrics.compute_time.share(args.group)
+
         def on_batch(num_rows: int, compute_s: float) -> None:
-            telemetry.metrics.batch_rows.record(num_rows, args.group)
-            telemetry.metrics.compute_time.record(compute_s, args.group)
+            batch_rows.add(num_rows)
+            compute_time.add(compute_s)
 
         batcher = MicroBatcher(
             loaded.compute,

@@ -55,8 +55,11 @@ class ExpertServicer:
         self._describe = describe
         self._load = load
         self._telemetry = telemetry
-        self._metrics = telemetry.metrics
-        self._group = group
+        metrics = self._metrics = telemetry.metrics
+        self._calls = metrics.calls.share(STAGE, "Compute")
+        self._rows = metrics.rows.share(STAGE, group)
+        self._in_flight_rows = metrics.in_flight_rows.share(STAGE, group)
+        self._queue_wait = metrics.queue_wait.share(STAGE, group)
         self._memory = RowMemory()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -163,8 +166,7 @@ class ExpertServicer:
     ) -> Computed:
         rows = admit(header, payload, self._holding)
         origin = Origin(header.caller[:MAX_CALLER_CHARS], priority_of(header.priority))
-        in_flight = self._metrics.in_flight_rows
-        in_flight.add(rows.num_rows, STAGE, self._group)
+        self._in_flight_rows.value += rows.num_rows
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._batcher.submit(rows, timeout_s, origin=origin)
@@ -172,7 +174,7 @@ class ExpertServicer:
             message = f"layer {header.layer}: not computed within {timeout_s:.3f} s"
             raise DeadlineExceeded(message, layer=header.layer) from error
         finally:
-            in_flight.add(-rows.num_rows, STAGE, self._group)
+            self._in_flight_rows.value -= rows.num_rows
 
     def _span(self, header: expert_pb2.ComputeRequest) -> AbstractContextManager[Span]:
         if not header.traceparent:  # traces begin with who calls
@@ -182,7 +184,7 @@ class ExpertServicer:
         )
 
     def _count(self, error: Exception | None = None) -> None:
-        self._metrics.calls.add(1, STAGE, "Compute")
+        self._calls.value += 1
         if isinstance(error, ExpertMeshError):
             self._metrics.errors.add(1, STAGE, error.code.name)
 
@@ -205,9 +207,8 @@ class ExpertServicer:
         self._count()
         for expert, count in zip(header.experts, header.rows_per_expert, strict=True):
             self.rows[header.layer, expert] += count
-        num_rows = done.rows_RD.shape[0]
-        self._metrics.rows.add(num_rows, STAGE, self._group)
-        self._metrics.queue_wait.record(done.queue_s, STAGE, self._group)
+        self._rows.value += done.rows_RD.shape[0]
+        self._queue_wait.add(done.queue_s)
         response = expert_pb2.ComputeResponse(
             id=header.id,
             dtype=header.dtype,

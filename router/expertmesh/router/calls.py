@@ -4,9 +4,8 @@ T tokens, D hidden size, S slots (T * K).
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -69,7 +68,7 @@ class Mesh(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class LayerCall:
     """What is to be computed, and where it goes."""
 
@@ -79,14 +78,27 @@ class LayerCall:
     outputs_SD: torch.Tensor
     origin: Origin = ANYONE
     """Whose rows they are and how urgent."""
+    top_k: int = field(init=False)
+    """Slots of each token."""
+    form: RowForm = field(init=False)
+    """What its rows look like."""
 
-    @property
-    def top_k(self) -> int:
-        """Slots of each token."""
-        return len(self.experts_S) // self.hidden_TD.shape[0]
+    def __post_init__(self) -> None:
+        num_tokens, size = self.hidden_TD.shape
+        dtype = self.hidden_TD.dtype
+        self.top_k = len(self.experts_S) // num_tokens
+        self.form = RowForm(wire_dtype(dtype, "hidden.dtype"), size, size * dtype.itemsize)
 
-    @cached_property
-    def form(self) -> RowForm:
-        """What its rows look like."""
-        dtype, size = self.hidden_TD.dtype, self.hidden_TD.shape[1]
-        return RowForm(wire_dtype(dtype, "hidden.dtype"), size, size * dtype.itemsize)
+    def request_fields(self, model: str) -> dict[str, Any]:
+        """What all its requests say, without what is as a rule left out: a field costs time even if
+        it is empty."""
+        fields: dict[str, Any] = {
+            "model": model,
+            "layer": self.layer,
+            "dtype": self.form.dtype,
+            "hidden_size": self.form.hidden_size,
+        }
+        if self.origin is not ANYONE:
+            fields["caller"] = self.origin.caller
+            fields["priority"] = self.origin.wire_priority
+        return fields

@@ -43,6 +43,7 @@ class Fanout:
         self._loads: list[Load] = []
         self._deadline_s = 0.0
         self._wake_s = 0.0
+        self._common = call.request_fields(shipper.model)
         self._timer: asyncio.TimerHandle | None = None
 
     async def run(self, slots: Mapping[int, Sequence[int]], timeout_s: float) -> None:
@@ -88,7 +89,7 @@ class Fanout:
     def _send(self, shipments: Sequence[Shipment], parent: Leg | None, hedge: bool = False) -> None:
         call = self._call
         rows = call_rows(call.hidden_TD, call.top_k, shipments, call.outputs_SD)
-        batch = Batch(rows, call.origin)
+        batch = Batch(rows, call.origin, self._shipper.telemetry.is_recording())
         self._batches.append(batch)
         legs = [
             Leg(own, self._mesh.replica(own.replica), batch, index, parent, hedge, len(own.slots_R))
@@ -100,25 +101,16 @@ class Fanout:
         for leg in legs:
             if self._complete.done():
                 return
-            request = self._request(leg.shipment)
-            copies = self._mesh.copies(call.layer, leg.shipment)
+            shipment = leg.shipment
+            request = expert_pb2.ComputeRequest(
+                experts=shipment.experts, rows_per_expert=shipment.rows_per_expert, **self._common
+            )
+            copies = self._mesh.copies(call.layer, shipment)
             try:
                 leg.send(self._shipper, request, timeout_s, self._on_answer, copies)
             except ExpertMeshError as error:
                 self._failed_leg(leg, error)
         self._arm()
-
-    def _request(self, shipment: Shipment) -> expert_pb2.ComputeRequest:
-        return expert_pb2.ComputeRequest(
-            model=self._shipper.model,
-            layer=self._call.layer,
-            experts=shipment.experts,
-            rows_per_expert=shipment.rows_per_expert,
-            dtype=self._call.form.dtype,
-            hidden_size=self._call.form.hidden_size,
-            caller=self._call.origin.caller,
-            priority=self._call.origin.wire_priority,
-        )
 
     def _on_answer(self, leg: Leg, answer: Answer | ExpertMeshError) -> None:
         try:
@@ -148,7 +140,8 @@ class Fanout:
         leg.is_done = True
         if leg.is_waiting:
             leg.outrun(self._shipper)
-        leg.abandon(self._shipper)
+        if leg.is_waiting or leg.children:
+            leg.abandon(self._shipper)
         parent = leg.parent
         if leg.is_hedge:
             self._shipper.telemetry.metrics.hedges_won.add(1, leg.replica.state.group)

@@ -17,12 +17,13 @@ _RENEW_EVERY = 16
 class _Window:
     """The newest times of one size."""
 
-    __slots__ = ("late_s", "num_seen", "times_s")
+    __slots__ = ("_late_s", "_renew_at", "num_seen", "times_s")
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
         self.num_seen = 0
-        self.late_s: float | None = None
+        self._late_s: float | None = None
+        self._renew_at = LEAST
 
     def observe(self, time_s: float) -> None:
         if self.num_seen < WINDOW:
@@ -30,11 +31,16 @@ class _Window:
         else:
             self.times_s[self.num_seen % WINDOW] = time_s
         self.num_seen += 1
-        if self.num_seen >= LEAST and (self.num_seen % _RENEW_EVERY == 0 or self.late_s is None):
+
+    def late_s(self) -> float | None:
+        """Sorts only when it is asked: the times of all replicas together hardly ever are."""
+        if self.num_seen >= self._renew_at:
+            self._renew_at = self.num_seen + _RENEW_EVERY
             ordered = sorted(self.times_s)
             outlier_s = _LEAST_OUTLIER * ordered[len(ordered) // 2]
             quantile_s = ordered[int(_LATE_QUANTILE * (len(ordered) - 1))]
-            self.late_s = max(quantile_s, outlier_s, _LEAST_LATE_S)
+            self._late_s = max(quantile_s, outlier_s, _LEAST_LATE_S)
+        return self._late_s
 
 
 class Latencies:
@@ -54,4 +60,4 @@ class Latencies:
     def late_s(self, num_rows: int) -> float | None:
         """Time after which an answer for that many rows is late; None until enough have come."""
         window = self._windows.get(num_rows.bit_length())
-        return window.late_s if window else None
+        return window.late_s() if window else None

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from expertmesh.router.calls import RowForm
 from expertmesh.router.plan import Shipment
 from expertmesh.router.rows import CallRows
-from expertmesh.router.shipping import STAGE, Shipper
+from expertmesh.router.shipping import GroupShares, Shipper
 from expertmesh.router.snapshot import Replica
 from expertmesh.router.streams import Answer, ReplicaStream
 from expertmesh.runtime.errors import CorruptAnswer, ExpertMeshError
@@ -22,6 +23,8 @@ class Batch:
 
     rows: CallRows
     origin: Origin
+    is_recorded: bool
+    """Whether its legs have spans."""
     filed: list[int] = field(default_factory=list)
     """Indices of the shipments whose answers have come."""
 
@@ -52,6 +55,8 @@ class Leg:
     stream: ReplicaStream | None = None
     number: int = 0
     started_s: float = 0.0
+    shares: GroupShares | None = None
+    """Set when it is sent."""
     span: Span | None = None
 
     def send(
@@ -70,26 +75,25 @@ class Leg:
         Raises:
             StreamClosed, MessageTooLarge, QueueFull: nothing was sent.
         """
-        self.stream = shipper.stream(self.replica)
-        rows = self.batch.rows.take(self.index)
-        self.started_s = shipper.clock()
-        self.span = self._span(shipper, request)
+        replica, batch, num_rows = self.replica, self.batch, self.num_rows
+        stream = self.stream = shipper.stream(replica)
+        rows = batch.rows.take(self.index)
+        started_s = self.started_s = shipper.clock()
+        if batch.is_recorded:
+            self.span = self._span(shipper, request)
         try:
-            self.number = self.stream.send(
-                request, rows, self.num_rows, timeout_s, lambda answer: on_answer(self, answer)
-            )
+            self.number = stream.send(request, rows, num_rows, timeout_s, partial(on_answer, self))
         except ExpertMeshError as error:
             self._end_span(error)
             raise
         self.is_waiting = True
-        shipper.backlog.add(self.replica.life, self.batch.origin, self.num_rows)
-        self.due_s = self.started_s + shipper.late_s(self.replica, self.num_rows, copies)
-        shipper.telemetry.metrics.in_flight_rows.add(self.num_rows, STAGE, self.replica.state.group)
+        shipper.backlog.add(replica.life, batch.origin, num_rows)
+        self.due_s = started_s + shipper.late_s(replica, num_rows, copies)
+        self.shares = shipper.shares(replica.state.group)
+        self.shares.in_flight_rows.value += num_rows
 
-    def _span(self, shipper: Shipper, request: expert_pb2.ComputeRequest) -> Span | None:
-        """A running span that the replica's spans are children of; None if it is not recorded."""
-        if not shipper.telemetry.is_recording():
-            return None
+    def _span(self, shipper: Shipper, request: expert_pb2.ComputeRequest) -> Span:
+        """A running span that the replica's spans are children of."""
         span, request.traceparent = shipper.telemetry.start("router.send", kind=SpanKind.CLIENT)
         span.set_attribute("expertmesh.replica", self.replica.name)
         span.set_attribute("expertmesh.rows", self.num_rows)
@@ -98,12 +102,12 @@ class Leg:
 
     def landed(self, shipper: Shipper, error: ExpertMeshError | None = None) -> None:
         """Its own answer is there, or will not come or be waited for."""
+        assert self.shares
         self.is_waiting = False
         shipper.backlog.remove(self.replica.life, self.batch.origin, self.num_rows)
-        shipper.telemetry.metrics.in_flight_rows.add(
-            -self.num_rows, STAGE, self.replica.state.group
-        )
-        self._end_span(error)
+        self.shares.in_flight_rows.value -= self.num_rows
+        if self.span is not None:
+            self._end_span(error)
 
     def _end_span(self, error: BaseException | None) -> None:
         if self.span is None:
@@ -117,14 +121,14 @@ class Leg:
     def observe(self, shipper: Shipper, response: expert_pb2.ComputeResponse) -> None:
         """Account the times of its answer."""
         assert self.stream
+        assert self.shares
         now_s = shipper.clock()
         took_s = now_s - self.started_s
         transport_s = took_s - (response.queue_us + response.compute_us) / 1e6
         self.stream.observe_transport(transport_s * 1e6, now_s)
         shipper.latencies.observe(self.num_rows, took_s)
-        metrics, group = shipper.telemetry.metrics, self.replica.state.group
-        metrics.transport_time.record(transport_s, group)
-        metrics.rows.add(self.num_rows, STAGE, group)
+        self.shares.transport_time.add(transport_s)
+        self.shares.rows.value += self.num_rows
 
     def file(self, answer: Answer, form: RowForm) -> None:
         """Put the rows in their place.

@@ -13,11 +13,13 @@ from expertmesh.router.snapshot import Key
 from expertmesh.router.waterfill import Shares
 from expertmesh.runtime.errors import ExpertUnavailable
 
+_FEW_SLOTS = 48
+"""Up to here Python files them faster than torch counts them."""
 Share = Callable[[Mapping[int, int], Mapping[int, Sequence[str]]], Shares]
 """(rows of each expert, its holders) -> which of them get how many; see `waterfill.share_out`."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Shipment:
     """The rows of one call that go to one replica, sorted by expert."""
 
@@ -46,6 +48,27 @@ def slot_order(experts_S: Sequence[int], experts_TK: torch.Tensor, mode: Combine
         order: list[int] = torch.sort(experts_TK.reshape(-1)).indices.tolist()
         return order
     return [token * top_k + k for k in range(top_k) for token in range(num_tokens)]
+
+
+def slots_of_call(
+    experts_S: Sequence[int], experts_TK: torch.Tensor, mode: CombineMode
+) -> dict[int, list[int]]:
+    """As `slots_by_expert` of `slot_order`. Where that is torch's sort, which has the slots expert
+    after expert already, they are cut out of it: 20 us in place of 40 for 512 slots.
+
+    Args:
+        experts_S: the values of `experts_TK`, slot by slot.
+    """
+    order = slot_order(experts_S, experts_TK, mode)
+    if mode != "slot_sum" or len(order) <= _FEW_SLOTS:
+        return slots_by_expert(experts_S, order)
+    found: dict[int, list[int]] = {}
+    start = 0
+    for expert, count in enumerate(torch.bincount(experts_TK.reshape(-1)).tolist()):
+        if count:
+            found[expert] = order[start : start + count]
+            start += count
+    return found
 
 
 def slots_by_expert(experts_S: Sequence[int], slots: Iterable[int]) -> dict[int, list[int]]:
@@ -77,9 +100,13 @@ def plan(
     Raises:
         ExpertUnavailable: nobody holds one of the experts.
     """
-    able = {expert: _able(layer, expert, holders) for expert in slots}
+    able: dict[int, tuple[str, ...]] = {}
+    has_choice = False
+    for expert in slots:
+        names = able[expert] = _able(layer, expert, holders)
+        has_choice = has_choice or len(names) > 1
     shipments: dict[str, Shipment] = {}
-    if all(len(names) == 1 for names in able.values()):
+    if not has_choice:
         for expert, own in slots.items():
             _add(shipments, able[expert][0], expert, own)
         return list(shipments.values())

@@ -44,32 +44,35 @@ def row_us(expert: int, standing: Standing) -> float:
 class Pool:
     """A replica that rows are poured into."""
 
-    __slots__ = ("costs", "first_us", "level_us", "name", "resident", "rows", "tie")
+    __slots__ = (
+        "expert_us", "first_us", "is_fresh", "level_us", "load_us", "may_split", "name", "resident",
+        "row_us", "rows", "tie",
+    )  # fmt: skip
 
     def __init__(self, name: str, standing: Standing, tie: float) -> None:
+        costs, ready_us, self.resident, self.is_fresh, self.may_split = standing
+        batch_us, self.expert_us, self.row_us, self.load_us = costs
         self.name = name
-        self.costs = standing.costs
-        self.resident = standing.resident
         self.tie = tie
         """From 0 to 1, drawn anew for each call: otherwise every router would take the same one of
         equals, and nobody would ever learn that the other one has become faster."""
-        self.first_us = (standing.ready_us + standing.costs.batch_us) * (1 + _BLUR * tie)
+        self.first_us = (ready_us + batch_us) * (1 + _BLUR * tie)
         self.level_us = 0.0
         self.rows: dict[int, int] = {}
         """Of each expert."""
 
     def start_us(self, expert: int, message_us: float) -> float:
         """Its level once it is asked for the expert, before the first row."""
-        start_us = self.level_us + self.costs.expert_us
+        start_us = self.level_us + self.expert_us
         if not self.rows:
             start_us += self.first_us + message_us
         if self.resident is not None and expert not in self.resident:
-            start_us += self.costs.load_us
+            start_us += self.load_us
         return start_us
 
     def take(self, expert: int, rows: int, start_us: float) -> None:
         """Add rows of an expert it has none of."""
-        self.level_us = start_us + rows * self.costs.row_us
+        self.level_us = start_us + rows * self.row_us
         self.rows[expert] = rows
 
     def give_back(self, expert: int) -> None:
@@ -78,9 +81,9 @@ class Pool:
         if not self.rows:
             self.level_us = 0.0
         elif rows:
-            self.level_us -= self.costs.expert_us + rows * self.costs.row_us
+            self.level_us -= self.expert_us + rows * self.row_us
             if self.resident is not None and expert not in self.resident:
-                self.level_us -= self.costs.load_us
+                self.level_us -= self.load_us
 
 
 Start = tuple[float, float, Pool]
@@ -101,7 +104,7 @@ def water_level(starts: Sequence[Start], count: int) -> tuple[float, Sequence[St
     for number, (start_us, _, pool) in enumerate(starts):
         if number and level_us <= start_us:
             return level_us, starts[:number]
-        rate = 1 / pool.costs.row_us
+        rate = 1 / pool.row_us
         inverse, weighted = inverse + rate, weighted + start_us * rate
         level_us = (count + weighted) / inverse
     return level_us, starts
@@ -111,7 +114,7 @@ def whole_rows(
     starts: Sequence[Start], level_us: float, count: int
 ) -> list[tuple[Pool, int, float]]:
     """(replica, rows, start) of those that get rows: the level's rows, by largest remainder."""
-    shares = [(level_us - start_us) / p.costs.row_us for start_us, _, p in starts]
+    shares = [(level_us - start_us) / p.row_us for start_us, _, p in starts]
     rows = [int(share) for share in shares]
     by_remainder = sorted(range(len(rows)), key=lambda own: rows[own] - shares[own])
     for own in by_remainder[: count - sum(rows)]:

@@ -39,7 +39,7 @@ def call_rows(
     hidden_TD: torch.Tensor, top_k: int, shipments: Sequence[Shipment], outputs_SD: torch.Tensor
 ) -> CallRows:
     """The rows that the shipments name; their outputs go to `outputs_SD`, a row per slot."""
-    rows = _FewRows if len(outputs_SD) <= _FEW_SLOTS else _ManyRows
+    rows = _FewRows if outputs_SD.shape[0] <= _FEW_SLOTS else _ManyRows
     return rows(hidden_TD, top_k, shipments, outputs_SD)
 
 

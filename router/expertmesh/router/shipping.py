@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from expertmesh.router.backlog import Backlog
 from expertmesh.router.failover import FailoverSettings, HedgeBudget
@@ -10,11 +11,22 @@ from expertmesh.router.plan import Shipment
 from expertmesh.router.snapshot import Life, Replica
 from expertmesh.router.streams import FIRST_TRANSPORT_US, ReplicaStream
 from expertmesh.runtime.errors import CannotMakeIt
+from expertmesh.runtime.metrics import Buckets, Share
 from expertmesh.runtime.origin import Origin
 from expertmesh.runtime.security.access import PLAIN, Access
 from expertmesh.runtime.telemetry import Telemetry
 
 STAGE = "router"
+
+
+class GroupShares(NamedTuple):
+    """What the router counts of every message to a group."""
+
+    rows: Share
+    in_flight_rows: Share
+    transport_time: Buckets
+
+
 _FIRST_LATE_S = 0.1
 _FIRST_LATE_COSTS = 4.0
 """While no times are known, late is this many times what the replica says it costs."""
@@ -52,6 +64,19 @@ class Shipper:
         self._access = access
         self._streams: dict[Life, ReplicaStream] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._shares: dict[str, GroupShares] = {}
+
+    def shares(self, group: str) -> GroupShares:
+        """The counts of a group, for the event loop alone."""
+        shares = self._shares.get(group)
+        if shares is None:
+            metrics = self.telemetry.metrics
+            shares = self._shares[group] = GroupShares(
+                metrics.rows.share(STAGE, group),
+                metrics.in_flight_rows.share(STAGE, group),
+                metrics.transport_time.share(group),
+            )
+        return shares
 
     def stream(self, replica: Replica) -> ReplicaStream:
         """The open stream to a replica."""

@@ -20,12 +20,9 @@ def standing_of(
         transport_us: what a message there and back takes without the compute.
         age_s: time since it was last heard of.
     """
-    row_us = replica.load.row_time_us
-    others_us = max(0.0, replica.others_rows * row_us - age_s * 1e6)
-    return Standing(
-        replica.costs,
-        transport_us + others_us + own_rows * row_us,
-        replica.resident_in(layer),
-        age_s <= FRESH_S,
-        replica.may_split,
-    )
+    ready_us = transport_us
+    if own_rows or replica.others_rows:  # most are idle, for a caller with one token
+        row_us = replica.load.row_time_us
+        ready_us += max(0.0, replica.others_rows * row_us - age_s * 1e6) + own_rows * row_us
+    resident = replica.resident_in(layer)
+    return Standing(replica.costs, ready_us, resident, age_s <= FRESH_S, replica.may_split)

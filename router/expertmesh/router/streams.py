@@ -106,7 +106,8 @@ class ReplicaStream:
         request.timeout_ms = max(1, int(timeout_s * 1e3))
         head = wire.encode_head(request, *rows)
         num_bytes = len(head) + sum(map(len, rows))
-        self._check_size(num_bytes)
+        if num_bytes > self._max_message_bytes:
+            raise self._too_large(num_bytes)
         self._link.check_room(num_bytes)
         self._asked[number] = _Asked(on_answer, num_rows, self._clock())
         self.in_flight_rows += num_rows
@@ -179,14 +180,13 @@ class ReplicaStream:
                 self.latencies.observe(asked.num_rows, self._clock() - asked.sent_s)
             asked.on_answer(answer)
 
-    def _check_size(self, num_bytes: int) -> None:
-        if num_bytes > self._max_message_bytes:
-            raise MessageTooLarge(
-                f"a message of {num_bytes} bytes is above max_message_bytes "
-                f"{self._max_message_bytes}; send fewer rows per call or raise the limit",
-                bytes=num_bytes,
-                max_message_bytes=self._max_message_bytes,
-            )
+    def _too_large(self, num_bytes: int) -> MessageTooLarge:
+        return MessageTooLarge(
+            f"a message of {num_bytes} bytes is above max_message_bytes "
+            f"{self._max_message_bytes}; send fewer rows per call or raise the limit",
+            bytes=num_bytes,
+            max_message_bytes=self._max_message_bytes,
+        )
 
     def _end(self, error: BaseException | None) -> None:
         """Nothing more will come: who waits is told, but not inside of a `send`."""

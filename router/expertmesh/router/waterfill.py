@@ -11,7 +11,6 @@ Times are in microseconds. Rows that go to a replica are whole numbers.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import inf
 from random import Random
 from typing import NamedTuple
@@ -25,6 +24,9 @@ SPLIT_GAIN_US = 100.0
 """An expert's rows are split only if the call is done sooner by that much: a product of its own is
 not free."""
 _SPLIT_GAIN_FRAC = 0.01
+POUR_US = 10.0
+"""What pouring takes the router for each expert that has a choice, about. A call whose replicas
+could be done sooner by less than that would only be late by it."""
 
 Shares = dict[int, list[tuple[str, int]]]
 """expert -> (replica, rows), at least one row each."""
@@ -39,16 +41,18 @@ class _Able(NamedTuple):
     may_split: bool
 
 
-@dataclass(slots=True)
 class _Several:
     """An expert that several replicas hold."""
 
-    expert: int
-    count: int
-    pools: Sequence[Pool]
-    may_split: bool
-    asked: list[Pool] = field(default_factory=list)
-    """Those that have some of its rows now."""
+    __slots__ = ("asked", "count", "expert", "may_split", "pools")
+
+    def __init__(self, expert: int, count: int, pools: Sequence[Pool], may_split: bool) -> None:
+        self.expert = expert
+        self.count = count
+        self.pools = pools
+        self.may_split = may_split
+        self.asked: Sequence[Pool] = ()
+        """Those that have some of its rows now."""
 
 
 def share_out(
@@ -79,7 +83,8 @@ def share_out(
             call.give(able[0], expert, count)
         else:
             several.append(expert)
-    several.sort(key=lambda expert: (len(holders[expert]), -rows[expert]))
+    if len(several) > 1:
+        several.sort(key=lambda expert: (len(holders[expert]), -rows[expert]))
     choices = [call.choice(expert, rows[expert], holders[expert]) for expert in several]
     for choice in choices:
         call.ask_one(choice)
@@ -108,11 +113,11 @@ class _Call:
         """An expert that several replicas hold, and those of them that are considered."""
         able = self._able.get(names)
         if able is None:
-            standings = [self._standing(name) for name in names]
+            pools = [self._pools.get(name) or self._pool(name) for name in names]
             able = self._able[names] = _Able(
-                [self._pool(*own) for own in zip(names, standings, strict=True)],
-                len(names) > 2 and not all(own.is_fresh for own in standings),
-                all(own.may_split for own in standings),
+                pools,
+                len(names) > 2 and not all(pool.is_fresh for pool in pools),
+                all(pool.may_split for pool in pools),
             )
         pools = able.pools
         if able.is_drawn:
@@ -120,17 +125,13 @@ class _Call:
             pools = drawn + [pool for pool in pools if pool.rows and pool not in drawn]
         return _Several(expert, count, pools, count > 1 and able.may_split)
 
-    def _pool(self, name: str, standing: Standing) -> Pool:
-        pool = self._pools.get(name)
-        if pool is None:
-            pool = self._pools[name] = Pool(name, standing, self._random.random())
+    def _pool(self, name: str) -> Pool:
+        pool = self._pools[name] = Pool(name, self._standing(name), self._random.random())
         return pool
 
     def give(self, name: str, expert: int, count: int) -> None:
         """All rows of an expert to its only holder."""
-        pool = self._pools.get(name)
-        if pool is None:
-            pool = self._pool(name, self._standing(name))
+        pool = self._pools.get(name) or self._pool(name)
         self._take(pool, expert, count, pool.start_us(expert, self._message_us * self._num_asked))
 
     def pour(self, several: Sequence[_Several]) -> None:
@@ -151,7 +152,11 @@ class _Call:
         """Whether the call may end noticeably sooner if experts are split: some rows of those that
         are done last could go to a replica that is done well before."""
         most_us, message_us = self._most_us(), self._message_us * self._num_asked
+        if most_us - self._even_us() < POUR_US * len(several):
+            return False
         least_us = most_us - self._gain_us(most_us)
+        if least_us <= 0:  # all of it takes less than a split has to gain
+            return False
         for expert in several:
             if expert.may_split and expert.asked[0].level_us >= least_us:
                 for pool in expert.pools:
@@ -160,7 +165,12 @@ class _Call:
         return False
 
     def _most_us(self) -> float:
-        return max(pool.level_us for pool in self._pools.values())
+        return max([pool.level_us for pool in self._pools.values()])
+
+    def _even_us(self) -> float:
+        """The level of all if all were done at the same time, about."""
+        levels = [pool.level_us for pool in self._pools.values()]
+        return sum(levels) / len(levels)
 
     def _gain_us(self, most_us: float) -> float:
         return max(self._split_gain_us, _SPLIT_GAIN_FRAC * most_us)
@@ -189,12 +199,20 @@ class _Call:
         """All rows to whoever has them done first."""
         number, count = expert.expert, expert.count
         message_us = self._message_us * self._num_asked
-        best, least_us, tie = expert.pools[0], inf, 0.0
+        best, least_us = expert.pools[0], inf
         for pool in expert.pools:
-            end_us = pool.start_us(number, message_us) + count * pool.costs.row_us
-            if end_us < least_us or (end_us == least_us and pool.tie < tie):
-                best, least_us, tie = pool, end_us, pool.tie
-        self._take(best, number, count, least_us - count * best.costs.row_us)
+            # `Pool.start_us`, in place: half of all that a decision for one token does
+            end_us = pool.level_us + pool.expert_us + count * pool.row_us
+            if not pool.rows:
+                end_us += pool.first_us + message_us
+            if pool.resident is not None and number not in pool.resident:
+                end_us += pool.load_us
+            if end_us < least_us or (end_us == least_us and pool.tie < best.tie):
+                best, least_us = pool, end_us
+        if not best.rows:
+            self._num_asked += 1
+        best.rows[number] = count
+        best.level_us = least_us
         expert.asked = [best]
 
     def _take(self, pool: Pool, expert: int, rows: int, start_us: float) -> None:
@@ -206,16 +224,17 @@ class _Call:
         for pool in expert.asked:
             pool.give_back(expert.expert)
             self._num_asked -= not pool.rows
-        expert.asked = []
+        expert.asked = ()
 
     def _fill(self, expert: _Several) -> None:
         """Pour the rows of an expert over those that start first."""
         message_us, number = self._message_us * self._num_asked, expert.expert
         starts = [(pool.start_us(number, message_us), pool.tie, pool) for pool in expert.pools]
         level_us, few = water_level(sorted(starts, key=by_start), expert.count)
-        for pool, rows, start_us in whole_rows(few, level_us, expert.count):
+        poured = whole_rows(few, level_us, expert.count)
+        for pool, rows, start_us in poured:
             self._take(pool, number, rows, start_us)
-            expert.asked.append(pool)
+        expert.asked = [pool for pool, _, _ in poured]
 
     def shares(self, rows: Iterable[int]) -> Shares:
         """What came out, experts in the order given."""

@@ -169,7 +169,8 @@ class FairQueue(Generic[Q]):
     @property
     def num_callers(self) -> int:
         """Who wait, and who are ahead of their share; once for each priority."""
-        return sum(len(lane.flows) for lane in self._lanes.values())
+        interactive, batch = self._lanes.values()  # of every answer: a loop takes thrice as long
+        return len(interactive.flows) + len(batch.flows)
 
     def oldest(self) -> Q | None:
         """Who has waited longest; None if nobody waits."""

@@ -112,11 +112,11 @@ class FrameSocket:
         """
         if self.closed:
             return
-        views = [memoryview(part) for part in parts]
-        num_bytes = sum(view.nbytes for view in views)
-        views.insert(0, memoryview(_LENGTH.pack(num_bytes)))
+        num_bytes = sum(map(len, parts))
         if num_bytes <= _SCRATCH_BYTES:
-            views = [memoryview(b"".join(views))]
+            views = [memoryview(b"".join((_LENGTH.pack(num_bytes), *parts)))]
+        else:
+            views = [memoryview(_LENGTH.pack(num_bytes)), *(memoryview(part) for part in parts)]
         if not self._unsent:
             views = self._try(views)
             if not views:
@@ -163,9 +163,11 @@ class FrameSocket:
     # -- receiving -------------------------------------------------------------------------------
 
     def _readable(self) -> None:
-        memory = (
-            memoryview(self._large)[self._num_large :] or self._scratch_view[self._num_scratch :]
-        )
+        memory = self._scratch_view
+        if self._large:
+            memory = memoryview(self._large)[self._num_large :]
+        elif self._num_scratch:
+            memory = memory[self._num_scratch :]
         try:
             num_bytes = self._sock.recv_into(memory)
         except BlockingIOError:
@@ -200,7 +202,9 @@ class FrameSocket:
             start = stop
         else:
             size = 0
-        if size > self._max_message_bytes:
+        if start == num_bytes:  # as a rule: nothing of a next message has come yet
+            self._num_scratch = 0
+        elif size > self._max_message_bytes:
             self._end(_too_large(size, self._max_message_bytes))
         else:
             self._keep(start, num_bytes, size)

@@ -2,11 +2,15 @@
 
 Counters and histograms are plain numbers in dictionaries, updated the same way whether or not
 anything is exported: an exporter reads them when it collects, and a call pays nothing for it.
+
+What is counted several times a call is counted in a share of its own (`Counter.share`,
+`Histogram.share`): one thread alone changes it, so it needs neither lock nor look-up (0.03 us in
+place of 0.35 us; a layer call over four groups has about twenty of them).
 """
 
 import threading
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 Labels = tuple[str, ...]
@@ -36,12 +40,22 @@ class Distribution(NamedTuple):
         return self.sum / self.num
 
 
+class Share:
+    """A part of a total, for one thread to change."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+
 class Counter:
     """A total per combination of labels."""
 
     def __init__(self, spec: MetricSpec) -> None:
         self.spec = spec
         self._values: dict[Labels, float] = {}
+        self._shares: list[tuple[Labels, Share]] = []
         self._lock = threading.Lock()  # counted on the event loop and on compute threads
 
     def add(self, amount: float, *labels: str) -> None:
@@ -50,30 +64,67 @@ class Counter:
         with self._lock:
             self._values[labels] = self._values.get(labels, 0) + amount
 
+    def share(self, *labels: str) -> Share:
+        """A part of the total under these label values that only the calling thread changes, kept
+        for good: to be made once, not per call."""
+        assert len(labels) == len(self.spec.labels), f"{self.spec.name} wants {self.spec.labels}"
+        share = Share()
+        with self._lock:
+            self._shares.append((labels, share))
+        return share
+
     def read(self) -> dict[Labels, float]:
         """The values now, by label values."""
         with self._lock:
-            return dict(self._values)
+            values = dict(self._values)
+            for labels, share in self._shares:
+                values[labels] = values.get(labels, 0) + share.value
+        return values
 
     def get(self, *labels: str) -> float:
         """The value under these label values; 0 before the first `add`."""
-        return self._values.get(labels, 0)
+        return self.read().get(labels, 0)
 
 
 class Level(Counter):
     """A number per combination of labels that goes up and, with negative amounts, down."""
 
 
-@dataclass(slots=True)
 class Buckets:
-    """The values of one combination of labels, as OpenTelemetry counts them."""
+    """The values of one combination of labels, as OpenTelemetry counts them. One thread at a time
+    adds to them."""
 
-    counts: list[int]
-    """Values up to each bound and above the one before it; the last, above all bounds."""
-    num: int = 0
-    sum: float = 0.0
-    min: float = float("inf")
-    max: float = float("-inf")
+    __slots__ = ("bounds", "counts", "max", "min", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        """Values up to each bound and above the one before it; the last, above all bounds."""
+        self.sum = 0.0
+        self.min = float("inf")
+        self.max = float("-inf")
+
+    @property
+    def num(self) -> int:
+        """Of all values."""
+        return sum(self.counts)
+
+    def add(self, value: float) -> None:
+        """One more value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+        if value < self.min:
+            self.min = value
+        if value > self.max:
+            self.max = value
+
+    def plus(self, other: "Buckets") -> "Buckets":
+        """The values of both; both stay as they are."""
+        both = Buckets(self.bounds)
+        both.counts = [sum(pair) for pair in zip(self.counts.copy(), other.counts, strict=True)]
+        both.sum = self.sum + other.sum
+        both.min, both.max = min(self.min, other.min), max(self.max, other.max)
+        return both
 
 
 class Histogram:
@@ -84,39 +135,45 @@ class Histogram:
         self.bounds = bounds
         """Upper bucket bounds, ascending, in the metric's unit."""
         self._values: dict[Labels, Buckets] = {}
+        self._shares: list[tuple[Labels, Buckets]] = []
         self._lock = threading.Lock()
 
     def record(self, value: float, *labels: str) -> None:
         """Note one value under these label values, in the order of `spec.labels`."""
         assert len(labels) == len(self.spec.labels), f"{self.spec.name} wants {self.spec.labels}"
-        at = bisect_left(self.bounds, value)
         with self._lock:
             own = self._values.get(labels)
             if own is None:
-                own = self._values[labels] = Buckets([0] * (len(self.bounds) + 1))
-            own.counts[at] += 1
-            own.num += 1
-            own.sum += value
-            if value < own.min:
-                own.min = value
-            if value > own.max:
-                own.max = value
+                own = self._values[labels] = Buckets(self.bounds)
+            own.add(value)
+
+    def share(self, *labels: str) -> Buckets:
+        """Some of the values under these label values, which only the calling thread adds to; see
+        `Counter.share`. Who reads meanwhile may see a value in the counts and not yet in the sum.
+        """
+        assert len(labels) == len(self.spec.labels), f"{self.spec.name} wants {self.spec.labels}"
+        share = Buckets(self.bounds)
+        with self._lock:
+            self._shares.append((labels, share))
+        return share
 
     def buckets(self) -> dict[Labels, Buckets]:
         """A copy of everything now, by label values."""
+        none = Buckets(self.bounds)
         with self._lock:
-            return {
-                labels: replace(own, counts=own.counts.copy())
-                for labels, own in self._values.items()
-            }
+            found = {labels: own.plus(none) for labels, own in self._values.items()}
+            for labels, share in self._shares:
+                own = share.plus(found.get(labels, none))
+                if own.num:
+                    found[labels] = own
+        return found
 
     def read(self) -> dict[Labels, Distribution]:
         """The distributions now, by label values."""
-        with self._lock:
-            return {
-                labels: Distribution(own.num, own.sum, own.max)
-                for labels, own in self._values.items()
-            }
+        return {
+            labels: Distribution(own.num, own.sum, own.max)
+            for labels, own in self.buckets().items()
+        }
 
     def get(self, *labels: str) -> Distribution | None:
         """The distribution under these label values; None before the first `record`."""

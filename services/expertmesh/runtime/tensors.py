@@ -64,7 +64,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
         return memoryview(b"")
     if not tensor.dim():
         tensor = tensor.view(1)
-    return tensor.view(torch.uint8).numpy().data.cast("B")
+    if tensor.dtype is not torch.float32:  # numpy has no bfloat16, and views cost 1 us
+        tensor = tensor.view(torch.uint8)
+    return tensor.numpy().data.cast("B")
 
 
 def from_bytes(

@@ -60,16 +60,19 @@ def encode_head(header: Message, *payload: Buffer) -> bytes:
         payload: flat bytes, in parts.
     """
     fields = header.SerializeToString()
-    checksum = _checksum(fields, payload).to_bytes(8, "little")
-    num_bytes = sum(map(len, payload))
-    return b"".join((fields, _CHECKSUM_TAG, checksum, _TAG, _varint(num_bytes)))
+    if len(payload) == 1:
+        num_bytes = len(payload[0])
+        checksum = xxh3_64_intdigest(payload[0], xxh3_64_intdigest(fields))
+    else:
+        num_bytes = sum(map(len, payload))
+        checksum = _checksum(fields, payload)
+    return b"".join(
+        (fields, _CHECKSUM_TAG, checksum.to_bytes(8, "little"), _TAG, _varint(num_bytes))
+    )
 
 
 def _checksum(fields: Buffer, payload: Sequence[Buffer]) -> int:
-    seed = xxh3_64_intdigest(fields)
-    if len(payload) == 1:
-        return xxh3_64_intdigest(payload[0], seed)
-    running = xxh3_64(seed=seed)
+    running = xxh3_64(seed=xxh3_64_intdigest(fields))
     for part in payload:
         running.update(part)
     return running.intdigest()
@@ -174,7 +177,7 @@ def _check(message_type: type[Message], data: Encoded, payload: memoryview, chec
     length_bytes = (size.bit_length() + 6) // 7 or 1
     at = len(data) - size - length_bytes - _TAIL_BYTES
     if at >= 0 and data[at] == _CHECKSUM_TAG[0]:
-        seed = xxh3_64_intdigest(memoryview(data)[:at])
+        seed = xxh3_64_intdigest(data[:at])
         if xxh3_64_intdigest(payload, seed) == checksum:
             return
     problem = "does not match its checksum" if checksum else "has no checksum"

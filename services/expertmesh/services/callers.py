@@ -155,16 +155,23 @@ class CoreCaller:
         """The call's result: `asyncio.run_coroutine_threadsafe` with half of its wake-ups."""
         done = threading.Lock()
         done.acquire()
-        tasks: list[asyncio.Task[_Result]] = []
+        results: list[_Result] = []
+        errors: list[BaseException] = []
+        tasks: list[asyncio.Task[None]] = []  # the loop itself keeps none alive
 
-        def start() -> None:
-            task = self._loop.create_task(call)
-            tasks.append(task)
-            task.add_done_callback(lambda _: done.release())
+        async def run() -> None:
+            try:
+                results.append(await call)
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                done.release()  # here, as a done callback would run a turn of the loop later
 
-        self._loop.call_soon_threadsafe(start)
+        self._loop.call_soon_threadsafe(lambda: tasks.append(self._loop.create_task(run())))
         done.acquire()
-        return tasks[0].result()
+        if errors:
+            raise errors[0]
+        return results[0]
 
 
 _PLAIN = ForwardScope()

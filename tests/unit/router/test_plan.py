@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.router.plan import Shipment, plan, slot_order, slots_by_expert
+from expertmesh.router.plan import Shipment, plan, slot_order, slots_by_expert, slots_of_call
 from expertmesh.router.pools import Costs, Standing
 from expertmesh.router.snapshot import Key
 from expertmesh.router.waterfill import Shares, share_out
@@ -150,3 +150,15 @@ def test_the_grouped_product_goes_by_transformers_own_sort(num_tokens: int) -> N
     # transformers.integrations.moe.grouped_mm_experts_forward
     assert order == torch.sort(experts_TK.reshape(-1)).indices.tolist()
     assert sorted(order) == list(range(num_tokens * 3))
+
+
+@pytest.mark.parametrize("mode", ["slot_sum", "eager"])
+@pytest.mark.parametrize("num_tokens", [1, 7, 16, 17, 400])
+def test_cut_out_of_the_sort_or_filed_one_by_one_it_is_the_same(num_tokens: int, mode: str) -> None:
+    random = torch.Generator().manual_seed(num_tokens)
+    experts_TK = torch.rand(num_tokens, 8, generator=random).topk(3).indices
+    experts_TK[experts_TK == 2] = 9  # one that nobody chose, between others
+    experts_S = experts_TK.reshape(-1).tolist()
+    slots = slots_of_call(experts_S, experts_TK, mode)  # type: ignore[arg-type]
+    order = slot_order(experts_S, experts_TK, mode)  # type: ignore[arg-type]
+    assert list(slots.items()) == list(slots_by_expert(experts_S, order).items())

@@ -96,6 +96,16 @@ def test_an_expert_is_not_split_if_others_take_as_long_anyway() -> None:
     assert len(share({0: 10, 1: 40}, {0: "a", 1: "bc"})[1]) == 2
 
 
+def test_nothing_is_poured_if_that_takes_the_router_longer_than_it_gains() -> None:
+    quick = Standing(Costs(row_us=10.0))
+    few = dict.fromkeys(range(3), 40)
+    shares = share(few, dict.fromkeys(few, "ab"), a=quick, b=quick)
+    assert any(len(own) > 1 for own in shares.values()), "200 us for three experts"
+    many = dict.fromkeys(range(33), 40)
+    shares = share(many, dict.fromkeys(many, "ab"), a=quick, b=quick)
+    assert all(len(own) == 1 for own in shares.values()), "200 us for 33"
+
+
 def test_nothing_is_split_in_deterministic_mode() -> None:
     whole = Standing(Costs(row_us=100.0), may_split=False)
     assert len(share({0: 1000}, {0: "ab"}, a=whole, b=whole)[0]) == 1

@@ -116,6 +116,28 @@ def test_counters_are_read_by_label() -> None:
     assert metrics.in_flight_rows.get("router", "g1") == 0
 
 
+def test_shares_are_part_of_the_total() -> None:
+    metrics = Metrics()
+    shares = [metrics.rows.share("router", "g0") for _ in range(2)]
+    metrics.rows.add(1, "router", "g0")
+    for share in shares:
+        share.value += 3
+    assert metrics.rows.read() == {("router", "g0"): 7}
+    assert metrics.rows.get("router", "g0") == 7
+
+
+def test_shares_of_a_histogram_are_part_of_the_distribution() -> None:
+    metrics = Metrics()
+    shares = [metrics.compute_time.share("g0") for _ in range(2)]
+    assert metrics.compute_time.get("g0") is None
+    metrics.compute_time.record(0.5, "g0")
+    shares[0].add(0.25)
+    shares[1].add(3.0)
+    assert metrics.compute_time.read() == {("g0",): (3, 3.75, 3.0)}
+    own = metrics.compute_time.buckets()[("g0",)]
+    assert (own.num, sum(own.counts), own.min, own.max) == (3, 3, 0.25, 3.0)
+
+
 def test_distributions_keep_number_sum_and_largest() -> None:
     metrics = Metrics()
     for seconds in (0.1, 0.4, 0.1):
