@@ -15,6 +15,8 @@ NAMES = (
     "moving",
     "throttled",
     "simulation",
+    "day",
+    "fidelity",
     "overload",
     "decision",
     "residency",

@@ -8,6 +8,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ STORE_BYTES = 80 << 20
 CLI = (sys.executable, "-W", "ignore", "-m", "expertmesh.services.cli")
 
 
-def nodes() -> Any:
-    """The cluster, with Serve running."""
+def nodes(num_cpus: int = 2) -> Any:
+    """The cluster, with Serve running; both nodes have so many CPUs, on paper."""
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
@@ -39,13 +40,15 @@ def nodes() -> Any:
         },
     )
     for host in ("127.0.0.2", "127.0.0.3"):
-        cluster.add_node(num_cpus=2, node_ip_address=host, object_store_memory=STORE_BYTES)
+        cluster.add_node(num_cpus=num_cpus, node_ip_address=host, object_store_memory=STORE_BYTES)
     ray.init(address=cluster.address, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     return cluster
 
 
-def config(model_dir: str, redis_url: str) -> dict[str, Any]:
+def config(
+    model_dir: str, redis_url: str, more: Mapping[str, object] | None = None
+) -> dict[str, Any]:
     """What a RayService would deploy, without its proxies."""
     values = {
         "model": model_dir,
@@ -55,6 +58,7 @@ def config(model_dir: str, redis_url: str) -> dict[str, Any]:
         "experts.num_cpus": "1",
         "experts.host": "''",
         "experts.groups": "1",
+        **(more or {}),
     }
     flags = [flag for name, value in values.items() for flag in ("--set", f"{name}={value}")]
     command = [*CLI, "k8s", "serve-config", *flags]

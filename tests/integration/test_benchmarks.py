@@ -37,7 +37,7 @@ def benchmark(*args: str) -> "subprocess.CompletedProcess[str]":
         ("throttled", "ours"),
         ("overload", "half of the maximum"),
         ("decision", "gate alone"),
-        ("simulation", "calls a second"),
+        ("fidelity", "calls a second"),
     ],
 )
 def test_a_quick_run_prints_its_tables(name: str, contestant: str) -> None:

@@ -266,6 +266,33 @@ def test_pools_hold_what_they_say() -> None:
     assert [app["deployments"][0]["num_replicas"] for app in groups.values()] == [1, 1, 3, 3]
 
 
+def test_each_group_of_a_pool_is_scaled_by_itself() -> None:
+    pools = {
+        "a100": {"groups": 2, "num_gpus": 1.0, "label_selector": {"gpu": "a100"}},
+        "l4": {"groups": 1, "experts": "0-3", "replicas": 2, "num_gpus": 0.5},
+    }
+    found = {}
+    for application in scaled(**SCALED, experts__pools=pools):
+        [deployment] = application.deployments
+        scaling = deployment.autoscaling_config
+        assert isinstance(scaling, dict)
+        assert (scaling["min_replicas"], scaling["max_replicas"]) == (1, 6)
+        policy = scaling["policy"]["policy_kwargs"]
+        found[policy["group"]] = policy["num_gpus"]
+    assert found == {"a100-0": 1.0, "a100-1": 1.0, "l4-0": 0.5}
+
+
+def test_advice_leaves_each_pool_its_replicas() -> None:
+    pools = {"a100": {"groups": 1}, "l4": {"groups": 1, "replicas": 3}}
+    advised = {**SCALED, "experts__scaling__mode": "advisory", "experts__pools": pools}
+    numbers = []
+    for application in scaled(**advised):
+        scaling = application.deployments[0].autoscaling_config
+        assert isinstance(scaling, dict)
+        numbers.append((scaling["min_replicas"], scaling["max_replicas"]))
+    assert numbers == [(1, 1), (3, 3)]
+
+
 @pytest.mark.parametrize(
     ("pools", "message"),
     [

@@ -94,6 +94,7 @@ class Fleet:
         self.meters = [GroupMeter() for _ in range(self.num_groups)]
         self._groups: list[dict[str, VirtualReplica]] = [{} for _ in range(self.num_groups)]
         self._born: list[VirtualReplica] = []
+        self._gone_busy_s = [0.0] * self.num_groups
         self._next_s = math.inf
 
     def __iter__(self) -> Iterator[VirtualReplica]:
@@ -178,6 +179,7 @@ class Fleet:
         replica.phase = Phase.GONE
         del self._groups[replica.group][replica.name]
         self.gpu_s += replica.gone_s - replica.born_s
+        self._gone_busy_s[replica.group] += replica.busy_s
         self.on_change(replica)
 
     def gpu_seconds(self, now_s: float) -> float:
@@ -192,3 +194,10 @@ class Fleet:
     def computed_s(self) -> float:
         """Seconds that all replicas computed, also those that are gone."""
         return sum(own.busy_s for own in self._born)
+
+    def computed_s_by_group(self) -> list[float]:
+        """The same, of each group."""
+        busy_s = list(self._gone_busy_s)
+        for own in self:
+            busy_s[own.group] += own.busy_s
+        return busy_s

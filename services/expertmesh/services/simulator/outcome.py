@@ -23,6 +23,8 @@ class Series:
     """Of prompts, at the gateways."""
     tokens: list[float] = field(default_factory=list)
     """Passed through the model since the simulation began."""
+    busy_s: list[list[float]] = field(default_factory=list)
+    """Seconds that replicas of each group have computed since the simulation began."""
 
     def look(self, now_s: float, fleet: Fleet, waiting: float, tokens: float) -> None:
         """Add a moment."""
@@ -33,6 +35,7 @@ class Series:
         self.starting.append(sum(present) - sum(ready))
         self.waiting_tokens.append(waiting)
         self.tokens.append(tokens)
+        self.busy_s.append(fleet.computed_s_by_group())
 
 
 @dataclass

@@ -19,6 +19,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7F7F7F", "#222222")
 """That the colour-blind can tell apart."""
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 860, 220, 64, 30, 14
 _BINS = 200
+_UNITS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
+"""Seconds of a unit of time, and what it is called."""
+_STEPS = (1, 1.2, 1.6, 2, 2.4, 3, 4, 5, 6, 8, 10)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 900px; margin: 2em auto }
 h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin: 1.6em 0 0.2em }
@@ -63,12 +66,15 @@ def page(scenario: Scenario, runs: Mapping[str, Run]) -> str:
         )
         for group in range(min(scenario.mesh.groups, len(_COLOURS)))
     ]
+    promised_s = scenario.objective.ttft_p99_s
+    end_s = max((float(_times(run.outcome)[-1]) for run in runs.values()), default=1.0) or 1.0
+    first_groups = f"Ready replicas of the first groups ({next(iter(runs))})"
     parts = [
-        _plot("Tokens that passed through the model, per second", [load]),
-        _plot("Ready replicas of the mesh", replicas),
-        _plot(f"Ready replicas of the first groups ({next(iter(runs))})", groups),
-        _plot("First token, p99 of the requests that came in each interval, s", late),
-        _plot("Prompt tokens that wait at gateways", waiting),
+        _plot("Tokens that passed through the model, per second", [load], end_s),
+        _plot("Ready replicas of the mesh", replicas, end_s),
+        _plot(first_groups, groups, end_s),
+        _plot("First token, p99 of the requests of each interval, s", late, end_s, promised_s),
+        _plot("Prompt tokens that wait at gateways", waiting, end_s),
     ]
     about = (
         f"{len(first.outcome.arrivals):,} requests; {scenario.mesh.groups} groups of "
@@ -93,6 +99,11 @@ def _table(runs: Mapping[str, Run]) -> str:
         + "</tr>"
         for key, what, form in _ROWS
     )
+    promised_s = next(iter(runs.values())).scenario.objective.ttft_p99_s
+    verdicts = "".join(
+        f"<td>{'met' if run.meets_objective else '<b>missed</b>'}</td>" for run in runs.values()
+    )
+    rows += f"<tr><td>first token: p99 of at most {promised_s:g} s</td>{verdicts}</tr>"
     return f"<table><tr><th></th>{head}</tr>{rows}</table>"
 
 
@@ -120,37 +131,48 @@ def _ttft_p99(outcome: Outcome) -> tuple[Floats, Floats]:
     return np.array(at_s), np.array(found)
 
 
-def _plot(title: str, lines: Sequence[Line]) -> str:
+def _plot(title: str, lines: Sequence[Line], end_s: float, promised: float | None = None) -> str:
+    """Lines over time; all plots of a page end at the same time.
+
+    Args:
+        promised: a level that values should stay below.
+    """
     drawn = [line for line in lines if len(line[1])]
-    most_s = max((float(times[-1]) for _, times, _ in drawn), default=1.0) or 1.0
-    most = _round_up(max((float(values.max()) for _, _, values in drawn), default=1.0))
+    levels = [float(values.max()) for _, _, values in drawn]
+    most = _round_up(max([*levels, promised or 0.0], default=1.0))
     right, base = _WIDTH - 10, _HEIGHT - _BOTTOM
 
     def x(at_s: float) -> float:
-        return _LEFT + (right - _LEFT) * at_s / most_s
+        return _LEFT + (right - _LEFT) * at_s / end_s
 
     def y(value: float) -> float:
         return base - (base - _TOP) * value / most
 
-    parts = [_grid(x, y, most_s, most)]
+    parts = [_grid(x, y, end_s, most)]
+    if promised is not None:
+        parts.append(
+            f'<path d="M{_LEFT} {y(promised):.1f}H{right}" stroke="#222" stroke-dasharray="5 4"/>'
+            f'<text x="{right}" y="{y(promised) - 5:.1f}" text-anchor="end">promised</text>'
+        )
     for (_, times, values), colour in zip(drawn, _COLOURS * 9, strict=False):
         points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(times, values, strict=True))
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
         )
+    names = [name for name, _, _ in drawn] if len(drawn) > 1 else []
     legend = " &nbsp; ".join(
         f'<span style="color:{colour}">&#9632;</span> {escape(name)}'
-        for (name, _, _), colour in zip(drawn, _COLOURS * 9, strict=False)
+        for name, colour in zip(names, _COLOURS * 9, strict=False)
     )
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
     return f"<h2>{escape(title)}</h2>\n{svg}\n<p class=note>{legend}</p>"
 
 
 def _grid(
-    x: Callable[[float], float], y: Callable[[float], float], most_s: float, most: float
+    x: Callable[[float], float], y: Callable[[float], float], end_s: float, most: float
 ) -> str:
-    unit_s, unit = (3600.0, "h") if most_s > 7200 else (60.0, "min")
-    step = _round_up(most_s / unit_s / 8)
+    unit_s, unit = next(own for own in _UNITS if end_s > 5 * own[0] or own[0] == 1)
+    step = _round_up(end_s / unit_s / 8)
     parts = []
     for number in range(5):
         value = most * number / 4
@@ -158,7 +180,7 @@ def _grid(
             f'<path d="M{_LEFT} {y(value):.1f}H{_WIDTH - 10}" stroke="#e4e4e4"/><text '
             f'x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_short(value)}</text>'
         )
-    for number in range(int(most_s / unit_s / step) + 1):
+    for number in range(int(end_s / unit_s / step) + 1):
         at_s = number * step * unit_s
         label = f"{number * step:g}" + (f" {unit}" if number == 0 else "")
         parts.append(
@@ -168,11 +190,11 @@ def _grid(
 
 
 def _round_up(value: float) -> float:
-    """The next 1, 2, 4 or 5 times a power of ten."""
+    """The next of _STEPS times a power of ten."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 4, 5, 8, 10) if value <= step * power * (1 + 1e-9))
+    return next(step * power for step in _STEPS if value <= step * power * (1 + 1e-9))
 
 
 def _short(value: float) -> str:

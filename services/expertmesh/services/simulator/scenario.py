@@ -152,9 +152,9 @@ class ScalingSettings(Settings):
     """Replicas of each group at the beginning; one number is meant for all groups."""
     decide_s: PositiveFloat = 1.0
     """Time between two looks at the load."""
-    sees: Literal["gateways", "replicas"] = "gateways"
-    """What the rule is told: rows that have come to replicas, or also the rows of prompts that wait
-    at gateways until there is room for them in a forward."""
+    sees: Literal["gateways", "replicas"] = "replicas"
+    """What the rule is told: rows that have come to replicas, as in a running mesh, or also those
+    of prompts that wait at gateways until there is room for them in a forward."""
     rule: ScalingOptions = ScalingOptions()
 
 

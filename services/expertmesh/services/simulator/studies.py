@@ -15,7 +15,7 @@ from expertmesh.services.simulator.world import build_world
 Progress = Callable[[float], None]
 
 
-def _silent(frac: float) -> None:
+def silent(frac: float) -> None:
     """Nobody wants to know."""
 
 
@@ -33,7 +33,7 @@ class Run:
         return self.numbers["ttft_p99_s"] <= self.scenario.objective.ttft_p99_s
 
 
-def simulate(scenario: Scenario, folder: Path, progress: Progress = _silent) -> Run:
+def simulate(scenario: Scenario, folder: Path, progress: Progress = silent) -> Run:
     """Simulate a scenario.
 
     Args:
@@ -58,7 +58,7 @@ def with_policy(scenario: Scenario, policy: str, *replicas: int) -> Scenario:
 
 
 def fewest_replicas(
-    scenario: Scenario, folder: Path, most: int, progress: Progress = _silent
+    scenario: Scenario, folder: Path, most: int, progress: Progress = silent
 ) -> Run:
     """The smallest mesh of equal groups that does not change and meets the objective: known only
     afterwards, to whoever knows all arrivals.
