@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+from benchmarks.harness.certificates import Authority, Pair
 from cryptography import x509
-from tests.certificates import Authority, Pair
 from tests.k8s import mesh_agreement, policy, schemas
 from tests.k8s.capacity_agreement import DEMO, serve_config
 from tests.k8s.kuberay import pods, workers

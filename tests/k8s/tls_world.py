@@ -19,6 +19,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 from cryptography import x509
 from tests.waiting import until
 
@@ -106,8 +107,12 @@ def user() -> Access:
 
 def member() -> Access:
     """A process of the mesh."""
-    files = {"cert_file": f"{TLS}/tls.crt", "key_file": f"{TLS}/tls.key"}
-    return Access(ca_file=f"{TLS}/ca.crt", server_name=mesh_dns("default"), **files)
+    return Access(
+        ca_file=f"{TLS}/ca.crt",
+        cert_file=f"{TLS}/tls.crt",
+        key_file=f"{TLS}/tls.key",
+        server_name=mesh_dns("default"),
+    )
 
 
 async def generate(access: Access) -> list[int]:
@@ -139,7 +144,7 @@ async def describe(access: Access, port: int = REPLICA_PORT) -> str:
         )
         try:
             await call(expert_pb2.DescribeRequest(), timeout=5)
-        except Exception as failure:
+        except grpc.RpcError as failure:
             return type(error_of(failure)).__name__
         return "answers"
 
