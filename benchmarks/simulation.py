@@ -34,12 +34,13 @@ POPULARITIES: Mapping[str, Mapping[str, Any]] = {
 RULE = {
     "max_replicas": 64,
     "target_busy_frac": 0.7,
-    "hysteresis_frac": 0.05,
+    "hysteresis_frac": 0.0,
     "max_queue_delay_s": 0.5,
     "catch_up_s": 2,
+    "up_window_s": 5,
     "down_window_s": 15,
     "memory_s": 20,
-    "lead_s": 5,
+    "lead_s": 0,
 }
 LEAST: Mapping[tuple[str, str], int] = {
     ("code", "replicas"): 16,
