@@ -37,6 +37,7 @@ class Kind:
 _BUILT_IN = """
 v1 Namespace namespaces -
 v1 ConfigMap configmaps +
+v1 Pod pods +
 v1 Secret secrets +
 v1 Service services +
 v1 ServiceAccount serviceaccounts +

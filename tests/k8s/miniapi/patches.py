@@ -3,6 +3,8 @@
 import copy
 from typing import Any
 
+from tests.k8s.miniapi.errors import ApiError
+
 Definitions = dict[str, Any]
 _DIRECTIVES = ("$patch", "$retainKeys")
 _ORDER = "$setElementOrder/"
@@ -20,6 +22,41 @@ def merge(old: Any, change: Any) -> Any:
         else:
             new[name] = merge(new.get(name), value)
     return new
+
+
+def steps(old: Any, change: list[dict[str, Any]]) -> Any:
+    """RFC 6902: add, replace, remove and test.
+
+    Raises:
+        ApiError: 422, a path that does not exist, or a test that fails.
+    """
+    new = copy.deepcopy(old)
+    for step in change:
+        try:
+            _step(new, step)
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise ApiError(422, "Invalid", f"the JSON patch cannot be applied: {step}") from None
+    return new
+
+
+def _step(new: Any, step: dict[str, Any]) -> None:
+    *parents, last = (
+        part.replace("~1", "/").replace("~0", "~") for part in step["path"].split("/")[1:]
+    )
+    for part in parents:
+        new = new[int(part)] if isinstance(new, list) else new[part]
+    at = last if isinstance(new, dict) else len(new) if last == "-" else int(last)
+    if step["op"] == "add" and isinstance(new, list):
+        new.insert(at, step["value"])
+    elif step["op"] == "add":
+        new[at] = step["value"]
+    elif step["op"] == "remove":
+        del new[at]
+    elif step["op"] == "test" and new[at] != step["value"]:
+        raise ValueError
+    elif step["op"] == "replace":
+        new[at]
+        new[at] = step["value"]
 
 
 def strategic(defs: Definitions, schema: dict[str, Any], old: Any, change: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "POST":
             return 201, store.create(key, namespace, body, strict=strict, dry=dry)
         if self.command == "GET" and name is None:
-            items = store.list(key, namespace)
+            items = store.list(key, namespace, _labels(query))
             return 200, {"kind": f"{kind.name}List", "apiVersion": key.api_version, "items": items}
         assert name
         if self.command == "GET":
@@ -84,6 +85,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return store.apply(key, namespace, name, manager, body, dry=dry)
             body = store.patched(key, namespace, name, content, body)
         return 200, store.update(key, namespace, name, body, strict=strict, dry=dry)
+
+
+def _labels(query: dict[str, str]) -> dict[str, str]:
+    """Of a selector with nothing but equalities."""
+    parts = [part.partition("=") for part in query.get("labelSelector", "").split(",") if part]
+    return {name: value.removeprefix("=") for name, _, value in parts}
 
 
 def _parsed(body: bytes) -> Any:
@@ -165,13 +172,24 @@ def _openapi(root: str, kinds: list[Kind]) -> dict[str, Any]:
 @contextmanager
 def running(version: str, custom: list[Kind]) -> Iterator[str]:
     """A server on loopback; yields its URL."""
-    handler = type("Handler", (_Handler,), {"store": Store(version, custom)})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    with serving(Store(version, custom)) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def serving(
+    store: Store, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+) -> Iterator[int]:
+    """A server of these objects; yields its port."""
+    handler = type("Handler", (_Handler,), {"store": store})
+    server = ThreadingHTTPServer((host, port), handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield int(server.server_address[1])
     finally:
         server.shutdown()
         server.server_close()

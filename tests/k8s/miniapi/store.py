@@ -4,7 +4,9 @@ import copy
 import itertools
 import threading
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -43,12 +45,16 @@ class Store:
             raise ApiError(404, "NotFound", f'{what} "{name}" not found')
         return found
 
-    def list(self, key: Key, namespace: str) -> list[Object]:
-        """All of a kind, in a namespace or, with "", anywhere."""
+    def list(
+        self, key: Key, namespace: str, labels: Mapping[str, str] = MappingProxyType({})
+    ) -> list[Object]:
+        """All of a kind with these labels, in a namespace or, with "", anywhere."""
         return [
             found
             for (own, where, _), found in sorted(self._objects.items())
-            if own == key and namespace in ("", where)
+            if own == key
+            and namespace in ("", where)
+            and labels.items() <= found["metadata"].get("labels", {}).items()
         ]
 
     def create(self, key: Key, namespace: str, obj: Object, *, strict: bool, dry: bool) -> Object:
@@ -110,6 +116,8 @@ class Store:
             return dict(patches.merge(old, change))
         if content == "application/strategic-merge-patch+json":
             return self._strategic(self.kind(key), old, change)
+        if content == "application/json-patch+json":
+            return dict(patches.steps(old, change))
         raise ApiError(415, "UnsupportedMediaType", content)
 
     def apply(
