@@ -151,3 +151,23 @@ def test_deleting_leaves_nothing(kubectl: Kubectl) -> None:
     kinds = "namespaces,deployments.apps,rayservices.ray.io,priorityclasses.scheduling.k8s.io"
     left = kubectl("get", kinds, "-A", "-o", "name")
     assert (left.stdout, left.returncode) == ("", 0)
+
+
+def test_json_patches_and_selectors_work_as_ray_autoscaler_uses_them(kubectl: Kubectl) -> None:
+    documents = some(rendered("kind"), ("RayService", "experts"), ("Service", "router"))
+    apply(kubectl, documents)
+    place = "/spec/rayClusterConfig/workerGroupSpecs/0"
+    change = [
+        {"op": "test", "path": f"{place}/groupName", "value": "experts"},
+        {"op": "replace", "path": f"{place}/replicas", "value": 2},
+    ]
+    own = ("rayservices.ray.io", "experts", "-n", "expertmesh")
+    patch = ("patch", *own, "--type=json", "-p")
+    assert kubectl(*patch, json.dumps(change)).returncode == 0
+    stored = json.loads(kubectl("get", *own, "-o", "json").stdout)
+    assert stored["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["replicas"] == 2
+    refused = kubectl(*patch, json.dumps([change[1] | {"path": f"{place}/absent"}]))
+    assert "the JSON patch cannot be applied" in refused.stderr
+    names = ("get", "services", "-n", "expertmesh", "-o", "name", "-l")
+    assert kubectl(*names, "app.kubernetes.io/name=router").stdout == "service/router\n"
+    assert kubectl(*names, "app.kubernetes.io/name=gateway").stdout == ""

@@ -84,6 +84,10 @@ class Operator:
         """It was killed, or failed: the next look makes another one."""
         self._cluster.forget(pod)
 
+    def delete(self, pod: Pod) -> None:
+        """As `kubectl delete pod`: it goes in its own time, and another one comes."""
+        self._delete([pod])
+
     def _begin(self, service: Manifest) -> None:
         name = f"{service['metadata']['name']}-rehearse"
         self._cluster.add_secret(name, auth_token=self._token)

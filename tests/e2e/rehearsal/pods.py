@@ -47,7 +47,8 @@ class Pod:
         try:
             folders = volumes.made(self._namespace, self.spec, self._get)
             for spec in self.spec.get("initContainers", []):
-                self._run_first(self._container(spec, folders))
+                if not self._ran_first(self._container(spec, folders)):
+                    return
             started = [self._container(spec, folders) for spec in self.spec["containers"]]
         except (volumes.NotThereError, subprocess.TimeoutExpired) as error:
             self.problem = str(error)
@@ -72,12 +73,13 @@ class Pod:
             time.sleep(0.1)
         self.ready = False
 
-    def _run_first(self, container: Container) -> None:
+    def _ran_first(self, container: Container) -> bool:
         container.start()
         self.containers = [container]
         code = container.wait(_INIT_S)
         if code:
             self.problem = f"init container {container.name} ended with {code}"
+        return not code and not self.going
 
     def _container(self, spec: dict[str, Any], folders: dict[str, Path]) -> Container:
         mounts = {
@@ -137,17 +139,27 @@ def _stop(container: Container, deadline_s: float) -> None:
     if "sleep" in hook:
         time.sleep(hook["sleep"]["seconds"])
     if "exec" in hook:
-        said = container.run(hook["exec"]["command"], deadline_s - time.monotonic())
-        with container.log.open("a") as log:
-            log.write(f"preStop ended with {said.returncode}: {said.stdout}{said.stderr}\n")
+        _note(container, _hook_said(container, hook["exec"]["command"], deadline_s))
     container.send(signal.SIGTERM)
     try:
         container.wait(max(0.0, deadline_s - time.monotonic()))
     except subprocess.TimeoutExpired:
-        with container.log.open("a") as log:
-            log.write("killed at the end of its grace period\n")
+        _note(container, "killed at the end of its grace period")
         container.send(signal.SIGKILL)
         container.wait(10.0)
+
+
+def _hook_said(container: Container, command: list[str], deadline_s: float) -> str:
+    try:
+        done = container.run(command, deadline_s - time.monotonic())
+    except subprocess.TimeoutExpired:
+        return "preStop did not end within the grace period"
+    return f"preStop ended with {done.returncode}: {done.stdout.strip()}{done.stderr[-500:]}"
+
+
+def _note(container: Container, text: str) -> None:
+    with container.log.open("a") as log:
+        log.write(f"{text}\n")
 
 
 def _memory_bytes(container: Container) -> int:
@@ -216,6 +228,7 @@ class _Watched:
     def again(self) -> None:
         """Start it again."""
         self._container.send(signal.SIGKILL)
+        self._container.wait(10.0)
         time.sleep(1.0)  # the first step of the kubelet's growing pause
         self._container.start()
         self._begin()

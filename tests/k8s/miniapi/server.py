@@ -72,7 +72,9 @@ class _Handler(BaseHTTPRequestHandler):
             return 201, store.create(key, namespace, body, strict=strict, dry=dry)
         if self.command == "GET" and name is None:
             items = store.list(key, namespace, _labels(query))
-            return 200, {"kind": f"{kind.name}List", "apiVersion": key.api_version, "items": items}
+            metadata = {"resourceVersion": store.newest()}
+            about = {"kind": f"{kind.name}List", "apiVersion": key.api_version}
+            return 200, about | {"metadata": metadata, "items": items}
         assert name
         if self.command == "GET":
             return 200, store.get(key, namespace, name)

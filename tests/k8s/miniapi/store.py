@@ -1,7 +1,6 @@
 """The server's objects, and what is checked before one changes."""
 
 import copy
-import itertools
 import threading
 import uuid
 from collections.abc import Mapping
@@ -28,8 +27,16 @@ class Store:
         self.kinds = {kind.key: kind for kind in [*built_in(), *custom]}
         self._objects: dict[tuple[Key, str, str], Object] = {}
         self._applied: dict[tuple[Key, str, str, str], Object] = {}
-        self._versions = itertools.count(1)
+        self._version = 0
         self._validators: dict[Key, Draft202012Validator] = {}
+
+    def newest(self) -> str:
+        """The version of the last change."""
+        return str(self._version)
+
+    def _next(self) -> str:
+        self._version += 1
+        return self.newest()
 
     def kind(self, key: Key) -> Kind:
         """404 if there is none."""
@@ -72,7 +79,7 @@ class Store:
         obj["metadata"] |= {
             "uid": str(uuid.uuid4()),
             "creationTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "resourceVersion": str(next(self._versions)),
+            "resourceVersion": self._next(),
             "generation": 1,
         }
         if not dry:
@@ -92,7 +99,7 @@ class Store:
         new["metadata"] |= {
             "uid": old["metadata"]["uid"],
             "creationTimestamp": old["metadata"]["creationTimestamp"],
-            "resourceVersion": str(next(self._versions)),
+            "resourceVersion": self._next(),
             "generation": old["metadata"]["generation"] + changed,
         }
         if not dry:
