@@ -36,7 +36,7 @@ class Operator:
         if service is None:
             return
         if not self._name:
-            self._begin(service)
+            self.begin(service)
         cluster = self._cluster.get("RayCluster", self._name)
         assert cluster
         self._pods(cluster)
@@ -88,7 +88,8 @@ class Operator:
         """As `kubectl delete pod`: it goes in its own time, and another one comes."""
         self._delete([pod])
 
-    def _begin(self, service: Manifest) -> None:
+    def begin(self, service: Manifest) -> None:
+        """Its RayCluster, the token, and the head's Service."""
         name = f"{service['metadata']['name']}-rehearse"
         self._cluster.add_secret(name, auth_token=self._token)
         spec = copy.deepcopy(service["spec"]["rayClusterConfig"])
