@@ -166,7 +166,8 @@ def test_json_patches_and_selectors_work_as_ray_autoscaler_uses_them(kubectl: Ku
     assert kubectl(*patch, json.dumps(change)).returncode == 0
     stored = json.loads(kubectl("get", *own, "-o", "json").stdout)
     assert stored["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["replicas"] == 2
-    refused = kubectl(*patch, json.dumps([change[1] | {"path": f"{place}/absent"}]))
+    absent = {"op": "replace", "path": f"{place}/absent", "value": 2}
+    refused = kubectl(*patch, json.dumps([absent]))
     assert "the JSON patch cannot be applied" in refused.stderr
     names = ("get", "services", "-n", "expertmesh", "-o", "name", "-l")
     assert kubectl(*names, "app.kubernetes.io/name=router").stdout == "service/router\n"
