@@ -95,7 +95,6 @@ class ExpertFFN:
         """One expert's weights, as views of its slot."""
         return self.stack.slot_views(self._slots[expert])
 
-    @torch.inference_mode()
     def forward(
         self, rows_RD: torch.Tensor, experts: Sequence[int], rows_per_expert: Sequence[int]
     ) -> torch.Tensor:
@@ -105,6 +104,9 @@ class ExpertFFN:
         transformers/integrations/moe.py, without its weights and its sum over slots. All rows of
         an expert go through one product: float32 bits depend on how many rows there are and, with
         several threads, on where a row lies among them (tests/unit/experts/test_ffn.py).
+
+        Not in torch's inference mode: nothing here has a gradient, and to enter and leave it takes
+        5 us, as much as a product of one row.
 
         Args:
             rows_RD: on this device, in this dtype.

@@ -80,13 +80,7 @@ class Replica:
         self._status = control_pb2.REPLICA_STATUS_READY
         self._resources = AsyncExitStack()
         self._publisher: ReplicaPublisher | None = None
-        holding = Holding(
-            args.model,
-            {layer: frozenset(own) for layer, own in loaded.experts.items()},
-            loaded.dtype,
-            loaded.hidden_size,
-            args.reject_nonfinite,
-        )
+        holding = _holding(args, loaded)
         servicer = ExpertServicer(batcher, holding, self.state, self.load, telemetry, args.group)
         self._incarnation = time.time_ns() // 1000
         self._guests = self._make_guests(holding, servicer)
@@ -283,3 +277,13 @@ class Replica:
             logger.error("draining took too long; %d rows are lost", self.load().queued_rows)
         await self._resources.aclose()  # leaves the mesh, then stops the server
         logger.info("replica %s of group %s has left", self._name, self._args.group)
+
+
+def _holding(args: ExpertGroupArgs, loaded: LoadedExperts) -> Holding:
+    return Holding(
+        args.model,
+        {layer: frozenset(own) for layer, own in loaded.experts.items()},
+        loaded.dtype,
+        loaded.hidden_size,
+        args.reject_nonfinite,
+    )

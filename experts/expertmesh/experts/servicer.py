@@ -94,14 +94,11 @@ class ExpertServicer:
         outbox = Outbox(context)
         broken: MalformedMessage | None = None
 
-        async def send(reply: Reply) -> None:
-            await outbox.send(wire.encode(*reply))
-
         async def send_later(header: expert_pb2.ComputeRequest, payload: memoryview) -> None:
-            await send(await self.answer(header, payload))
+            await outbox.send(wire.encode(*await self.answer(header, payload)))
 
         def send_soon(reply: Reply) -> None:
-            sending = send(reply)
+            sending = outbox.send(wire.encode(*reply))
             try:
                 answers.create_task(sending)
             except RuntimeError:  # the stream has ended
@@ -119,7 +116,7 @@ class ExpertServicer:
                     if header.cancels and answering.cancel(header):
                         continue
                     if reply := self.answer_at_once(header, payload):
-                        await send(reply)
+                        await outbox.send(wire.encode(*reply))
                     else:
                         answering.add(header.id, answers.create_task(send_later(header, payload)))
         except* grpc.aio.BaseError as gone:

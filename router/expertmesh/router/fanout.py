@@ -76,7 +76,8 @@ class Fanout:
             self._timer.cancel()
         for root in self._roots:
             root.abandon(self._shipper)
-        self._flush()
+        if self._loads:  # once the caller has its rows
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         """Tell the mesh the loads that have come with answers."""
