@@ -41,6 +41,20 @@ def test_the_commands_are_made_of_parameters_and_limits() -> None:
     assert "--address=experts-abcde-head-svc.expertmesh.svc.cluster.local:6379" in worker
 
 
+def test_the_head_can_read_what_its_scaling_policy_reads() -> None:
+    """Serve's controller runs there; the policy connects to Redis with the replicas' secrets."""
+    own = cluster()
+    [group] = own["spec"]["workerGroupSpecs"]
+    pods = (raypods.head(own, "0", "10.0.0.1"), raypods.worker(own, group, "1"))
+    head, worker = (
+        {mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]}
+        for pod in pods
+    )
+    wanted = {"/etc/expertmesh/redis", "/etc/expertmesh/tls"}
+    assert wanted <= worker
+    assert wanted <= head
+
+
 def query(name: str, kind: int) -> bytes:
     labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
     return struct.pack("!6H", 7, 0x100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!2H", kind, 1)

@@ -5,18 +5,17 @@ from tests.e2e.rehearsal.stage import Rehearsal
 
 START_S = 200.0
 RECOVER_S = 90.0
-SCALE_S = 120.0
+SCALE_S = 60.0
 LIGHT = (1, 0.4)
 """Callers, and seconds each pauses between two calls."""
 HEAVY = (4, 0.0)
 CALM = (1, 5.0)
 
 
-def start(rehearsal: Rehearsal) -> Callers:
+def start(rehearsal: Rehearsal, callers: Callers) -> None:
     """Apply everything; it serves, and the client gets transformers' tokens."""
     rehearsal.apply()
     cluster, found = rehearsal.cluster, rehearsal.found
-    callers = Callers(cluster)
     callers.start()
     head_s = rehearsal.until(
         "the head is ready", START_S, lambda: any(pod.ready for pod in cluster.of(ray="head"))
@@ -28,7 +27,6 @@ def start(rehearsal: Rehearsal) -> Callers:
     callers.more(8, "as transformers would answer")
     found["start"] = {"head_s": head_s, "running_s": running_s, "ready_s": ready_s}
     found["pods"] = {pod.name: pod.restarts for pod in cluster.pods.values()}
-    return callers
 
 
 def lose_head(rehearsal: Rehearsal, callers: Callers) -> None:
@@ -166,4 +164,4 @@ def lose_state(rehearsal: Rehearsal, callers: Callers) -> None:
     callers.more(3, "with a new redis-state")
 
 
-STEPS = (lose_head, lose_worker, drain, change, grow, shrink, lose_state)
+STEPS = (lose_head, lose_worker, drain, change, grow)

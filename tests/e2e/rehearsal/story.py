@@ -23,19 +23,20 @@ def run(steps: tuple[Callable[[Rehearsal, Callers], None], ...]) -> dict[str, An
     """The whole story, or as far as it came: then `failed` says why."""
     with running() as cluster:
         rehearsal = Rehearsal(cluster)
+        callers = Callers(cluster)
         try:
-            callers = start(rehearsal)
+            start(rehearsal, callers)
             for step in steps:
                 rehearsal.say(f"== {step.__name__}: {step.__doc__}")
                 step(rehearsal, callers)
             rehearsal.found["memory"] = rehearsal.memory()
-            calls = callers.end()
-            rehearsal.found["calls"] = vars(calls)
-            rehearsal.say(f"{calls}")
+            callers.end()
         except (DidNotComeError, AssertionError, OSError):
             rehearsal.found["failed"] = traceback.format_exc()
             with cluster.lock:
                 rehearsal.found["logs"] = "\n".join(pod.story() for pod in cluster.pods.values())
+        rehearsal.found["calls"] = vars(callers.calls)
+        rehearsal.say(f"{callers.calls}")
     return rehearsal.found
 
 
