@@ -183,23 +183,11 @@ def test_every_setting_reaches_the_groups() -> None:
 
 
 def test_every_setting_reaches_the_gateway() -> None:
-    of_gateway: dict[str, Any] = {
-        "host": "0.0.0.0",
-        "port": 7,
-        "drain_s": 60.0,
-        "max_connection_age_s": 300.0,
-        "connection_grace_s": 600.0,
-        "engine": "exact",
-        "threads": 2,
-        "kv_cache_tokens": 100,
-        "max_batch_tokens": 10,
-        "max_running": 3,
-        "max_waiting": 0,
-        "max_prompt_tokens": 11,
-        "stream_interval_s": 0.5,
-        "num_gpus": 1.0,
-        "num_cpus": 2.0,
-    }
+    of_gateway: dict[str, Any] = {"host": "0.0.0.0", "port": 7, "drain_s": 60.0, "engine": "exact"}
+    of_gateway |= {"threads": 2, "kv_cache_tokens": 100, "max_batch_tokens": 10, "max_running": 3}
+    of_gateway |= {"max_waiting": 0, "max_prompt_tokens": 11, "stream_interval_s": 0.5}
+    of_gateway |= {"num_gpus": 1.0, "num_cpus": 2.0}
+    of_gateway |= {"max_connection_age_s": 300.0, "connection_grace_s": 600.0}
     changed = {"mesh": "prod", "dtype": "float16", "deterministic": True, "log_level": "ERROR"}
     shared = changed | {"max_message_bytes": 9, "otlp_endpoint": "h:1", "trace_sample_frac": 0.5}
     selection = {"exact_sample_frac": 0.5, "policy": "max_rank", "max_rank": 3, "cache_prior": 1.0}
@@ -215,8 +203,7 @@ def test_every_setting_reaches_the_gateway() -> None:
     own = {"model_dir": "/models/tiny", "model": "tiny", "redis_url": REDIS_URL}
     own["missing_experts"] = "renormalise"
     sections = {"selection": selection | exact, "security": settings.security.model_dump()}
-    sections["redis_secrets"] = REDIS
-    sections["failover"] = failover
+    sections |= {"redis_secrets": REDIS, "failover": failover}
     assert settings.security.tls.model_dump() == TLS
     assert args.model_dump() == of_gateway | shared | own | sections
 
