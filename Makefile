@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --progress-bar off -q
 
-.PHONY: help setup demo demo-model parity test unit integration k8s images e2e check fmt protos bench chaos fuzz clean
+.PHONY: help setup demo demo-model parity test unit integration k8s images e2e rehearsal check fmt protos bench chaos fuzz clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ images: $(STAMP)  ## build and run the images (needs root, podman, debootstrap; 
 
 e2e: $(STAMP)  ## tests of the whole mesh in processes, with real Ray
 	$(BIN)/python -m pytest tests/e2e
+
+rehearsal: $(STAMP)  ## kubectl apply, and what breaks a cluster, in network namespaces (needs root)
+	REHEARSAL=1 $(BIN)/python -m pytest tests/e2e/test_rehearsal.py
 
 bench: $(STAMP)  ## benchmarks side by side with peers, into benchmarks/results (ONLY="overhead dense": some)
 	$(BIN)/python -m benchmarks $(ONLY)
