@@ -33,4 +33,6 @@ def command(*args: str) -> list[str]:
     """The rehearsal, in namespaces of its own."""
     setup = "mount --make-rprivate / && mount -t tmpfs tmpfs /run && mkdir -p /run/netns && exec "
     own = (sys.executable, "-W", "ignore", "-m", "tests.e2e.rehearsal.story")
-    return [*UNSHARE, "sh", "-ec", f'{setup}"$@"', "sh", *own, *args]
+    # with whoever started it, too
+    dying = ("setpriv", "--pdeathsig", "KILL")
+    return [*dying, *UNSHARE, "sh", "-ec", f'{setup}"$@"', "sh", *own, *args]
