@@ -75,7 +75,7 @@ async def lost(cluster: Any, router: Router) -> dict[str, Any]:
     calls, stop, before = Calls(), asyncio.Event(), sorted(hosts(router))
     calling = asyncio.create_task(calls.go_on(router.target, stop))
     await calls.begun.wait()
-    gone, left = cluster.list_all_nodes[-2:]
+    gone, left = cluster.worker_nodes
     lost_s = time.monotonic()
     await asyncio.to_thread(cluster.remove_node, gone, False)
     await until_on(router, left.node_ip_address)
