@@ -13,7 +13,7 @@ from expertmesh.experts.reader import ExpertReader
 from expertmesh.experts.sizing import check_holds_one, format_bytes, group_bytes
 from expertmesh.runtime.checkpoint import Checkpoint
 from expertmesh.runtime.device import DeviceReading, probe_for
-from expertmesh.runtime.errors import InsufficientMemory, UnsupportedCheckpoint
+from expertmesh.runtime.errors import ConfigError, InsufficientMemory, UnsupportedCheckpoint
 from expertmesh.runtime.telemetry import endpoint_url
 from expertmesh.services.checkpoints import model_name
 from expertmesh.services.pools import PlannedGroup, check_complete, planned_groups
@@ -40,10 +40,12 @@ def check_before_start(settings: MeshSettings) -> StartPlan:
 
     Raises:
         CheckpointError: not a checkpoint we can serve.
-        ConfigError: fewer groups than 1 or more than experts; a budget below one expert.
+        ConfigError: fewer groups than 1 or more than experts; a budget below one expert; more
+            replicas of a group than may be on one machine.
         InsufficientMemory: the replicas do not fit this machine; says the numbers.
     """
     plan = plan_start(settings)
+    _check_spread(plan, settings.experts)
     if settings.experts.device != "cuda" and not settings.experts.num_gpus:
         _check_machine(plan, probe_for("cpu").read(), settings.experts)
     return plan
@@ -95,6 +97,17 @@ def _value_bytes(settings: MeshSettings, checkpoint: Checkpoint) -> int:
             dtype=name,
         )
     return _DTYPE_BYTES[name]
+
+
+def _check_spread(plan: StartPlan, experts: ExpertsSettings) -> None:
+    """Those that find no room would be waited for without end."""
+    most, needed = experts.max_replicas_per_node, max(group.replicas for group in plan.groups)
+    if most is not None and most < needed:
+        raise ConfigError.of(
+            "experts.max_replicas_per_node",
+            expected=f"at least {needed}, the replicas of a group, as there is one machine here",
+            got=most,
+        )
 
 
 def _check_machine(plan: StartPlan, device: DeviceReading, experts: ExpertsSettings) -> None:

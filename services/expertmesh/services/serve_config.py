@@ -100,7 +100,7 @@ def group_applications(
             args.group,
             EXPERTS_IMPORT_PATH,
             args,
-            [{"name": args.group, **replicas_of(experts, args, num)}],
+            [{"name": args.group, **replicas_of(experts, args, num), **spread_of(experts, num)}],
         )
         for args, num in zip(groups, group_replicas(experts), strict=True)
     ]
@@ -142,6 +142,22 @@ def replicas_of(experts: ExpertsSettings, args: ExpertGroupArgs, num: int) -> di
         },
         "user_config": live.model_dump(),
     }
+
+
+def spread_of(experts: ExpertsSettings, num: int) -> dict[str, Any]:
+    """How a group's replicas share nodes.
+
+    Where they may not, a successor finds room only once an old replica has left, so one after the
+    other is stopped first; a lone replica has nobody who would serve meanwhile.
+
+    Args:
+        num: replicas of the group, as configured.
+    """
+    most = experts.max_replicas_per_node
+    if most is None:
+        return {}
+    fewest = experts.scaling.min_replicas if experts.scaling.mode == "on" else num
+    return {"max_replicas_per_node": most} | ({"max_surge_percent": 0} if fewest > 1 else {})
 
 
 def application(

@@ -118,6 +118,8 @@ class ExpertsSettings(Heartbeats):
     """Expert groups to split each layer's experts into: 1 to the number of experts."""
     replicas: PositiveInt = 1
     """Replicas of each group; with `scaling.mode: on` there are `scaling.min_replicas` at first."""
+    max_replicas_per_node: PositiveInt | None = None
+    """Replicas of a group on one Ray node at most; none is any number. 1: a lost node costs one."""
     pools: dict[PoolName, PoolSettings] = Field(default={})
     """Groups for several kinds of machines, by name, each with `groups`, `experts` or `shares`,
     `replicas`, `num_gpus` and `label_selector`; then `groups` and `replicas` above count for

@@ -49,6 +49,12 @@ def test_fewer_groups_than_one_or_more_than_experts(mixtral: Path, groups: int) 
         check_before_start(settings_of(mixtral, experts__groups=groups))
 
 
+def test_one_machine_takes_no_more_replicas_than_may_be_on_it(mixtral: Path) -> None:
+    fields = {"experts__replicas": 2, "experts__max_replicas_per_node": 1}
+    with pytest.raises(ConfigError, match=r"max_replicas_per_node: expected at least 2, .*, got 1"):
+        check_before_start(settings_of(mixtral, **fields))
+
+
 def test_experts_that_do_not_fit_are_counted(mixtral: Path) -> None:
     with pytest.raises(InsufficientMemory) as caught:
         check_before_start(settings_of(mixtral, experts__replicas=10**9))
