@@ -22,6 +22,7 @@ from expertmesh.runtime.state.record import (
     replica_key,
     replica_pattern,
 )
+from expertmesh.runtime.tasks import end
 from expertmesh.v1 import control_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ _log = logging.getLogger(__name__)
 # Redis keeps nothing on disk: after a restart it is empty, and replicas need a moment to come back.
 _RETURN_GRACE_S = 1.0
 _RECHECK_S = 0.05
-_CANCEL_AGAIN_S = 0.02
 _SCAN_COUNT = 500
 _MAX_WARNED_SOURCES = 1000
 
@@ -113,9 +113,7 @@ class MeshWatcher:
         traceback: TracebackType | None,
     ) -> None:
         assert self._task is not None
-        while not self._task.done():
-            self._task.cancel()  # again: redis-py's asyncio.wait_for can swallow it (Python < 3.12)
-            await asyncio.wait([self._task], timeout=_CANCEL_AGAIN_S)
+        await end(self._task)
         await self._redis.aclose()
 
     async def _run(self) -> None:

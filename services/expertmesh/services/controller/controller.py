@@ -1,7 +1,6 @@
 """One controller: holds the lease, counts rows by window, plans, tells, and moves if it may."""
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
@@ -10,6 +9,7 @@ from expertmesh.router.popularity import Popularity
 from expertmesh.router.replan import Proposal, Replanner
 from expertmesh.runtime.errors import ExpertMeshError, StaleController
 from expertmesh.runtime.state import Lease
+from expertmesh.runtime.tasks import end
 from expertmesh.services.controller.executor import Executor
 from expertmesh.services.controller.mesh import Replicas
 from expertmesh.services.controller.world import (
@@ -66,9 +66,7 @@ class Controller:
                 await asyncio.sleep(self._settings.window_s if self._reigned else self._pause_s)
                 await self._window()
         finally:
-            renewing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await renewing
+            await end(renewing)
 
     @property
     def _pause_s(self) -> float:

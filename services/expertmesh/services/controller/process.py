@@ -13,6 +13,7 @@ from expertmesh.runtime.security.server import mesh_access
 from expertmesh.runtime.security.settings import SecuritySettings
 from expertmesh.runtime.server import MeshServer
 from expertmesh.runtime.state import Lease, MeshWatcher
+from expertmesh.runtime.tasks import end
 from expertmesh.services.controller.controller import Controller
 from expertmesh.services.controller.mesh import Replicas
 from expertmesh.services.security import public_security
@@ -73,13 +74,8 @@ async def controlling(
         port = await server.start(settings.host, settings.port)
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
         running = asyncio.create_task(controller.run(), name="controller")
-        stack.push_async_callback(_cancel, running)
+        stack.push_async_callback(end, running)
         yield f"{settings.host}:{port}"
-
-
-async def _cancel(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.wait([task])
 
 
 def run_controller(settings: MeshSettings, redis_url: str) -> None:
