@@ -110,11 +110,6 @@ class Mesh:
         self._replicas.append(started)
         return started
 
-    def named(self, name: str) -> Replica:
-        """A replica that was started."""
-        [found] = [own for own in self._replicas if own._name == name]
-        return found
-
     async def replicas(
         self, path: Path, groups: int, copies: int = 1, *, num_experts: int = 8, **args: Any
     ) -> dict[str, Replica]:

@@ -169,25 +169,6 @@ async def test_the_only_holder_stays_however_silent_it_is(
             assert torch.equal(await call, expected_TD)
 
 
-async def test_a_silent_replica_is_waited_for_when_its_copy_dies(
-    mesh: Mesh, checkpoint: MakeCheckpoint
-) -> None:
-    async with one_behind_a_gate(mesh, checkpoint) as (gate, router, caller):
-        hidden_TD = random_hidden(5)
-        expected_TD = await caller.dispatch(0, hidden_TD, ROUTING)
-        gate.silence()
-        while not router.set_aside("g0#1"):
-            await caller.dispatch(0, hidden_TD, ROUTING)
-        copy = mesh.named("g0#2")
-        await mesh.kill(copy)
-        calls = [asyncio.ensure_future(caller.dispatch(0, hidden_TD, ROUTING)) for _ in range(3)]
-        await asyncio.wait(calls, timeout=0.5)
-        assert not any(call.done() for call in calls)
-        gate.flow()
-        for out_TD in await asyncio.gather(*calls):
-            assert torch.equal(out_TD, expected_TD)
-
-
 async def test_bytes_changed_on_the_way_are_asked_again_and_never_a_number(
     mesh: Mesh, checkpoint: MakeCheckpoint
 ) -> None:

@@ -14,7 +14,7 @@ from expertmesh.router.plan import Shipment, plan
 from expertmesh.router.pools import Standing
 from expertmesh.router.probes import Prober
 from expertmesh.router.shipping import Shipper
-from expertmesh.router.snapshot import PROBED, Key, Life, Replica, Snapshot, Until
+from expertmesh.router.snapshot import Key, Life, Replica, Snapshot, Until
 from expertmesh.router.standing import standing_of
 from expertmesh.router.waterfill import Shares, share_out
 from expertmesh.runtime.errors import (
@@ -160,11 +160,10 @@ class LiveMesh:
         """A replica does not answer. It stays where others cannot take its place."""
         if self.takes_work(replica.life) and self.snapshot.is_spare(replica.name):
             reason = f"it is silent at {replica.state.address}"
-            self._set_aside(replica, reason, "sign")
+            self._set_aside(replica, reason, "probe")
 
     def _set_aside(self, replica: Replica, reason: str, until: Until) -> None:
-        now = self._living(replica.life)
-        if now is None or not (now.takes_work or now.is_last_resort):
+        if not self.takes_work(replica.life):
             return
         if until == "claims":
             reason = f"it has not what it claims to have: {reason}"
@@ -172,7 +171,7 @@ class LiveMesh:
         log("replica %s is set aside: %s", replica.name, reason)
         self._metrics.set_asides.add(1, replica.state.group)
         self._swap(self.snapshot.without_work_for(replica.life, reason, until))
-        if until in PROBED:
+        if until == "probe":
             self._prober.watch(replica.life)
 
     def _on_probe_answer(self, life: Life) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from random import Random
 
 from expertmesh.router.shipping import Shipper
-from expertmesh.router.snapshot import PROBED, Life, Replica
+from expertmesh.router.snapshot import Life, Replica
 from expertmesh.router.streams import Answer
 from expertmesh.runtime.errors import CorruptAnswer, ExpertMeshError
 from expertmesh.runtime.tensors import torch_dtype
@@ -57,7 +57,7 @@ class Prober:
             await asyncio.sleep(wait_s * self._random.uniform(0.5, 1.5))
             wait_s = min(2 * wait_s, MOST_WAIT_S)
             replica = self._replica(life)
-            if replica is None or not replica.set_aside or replica.aside_until not in PROBED:
+            if replica is None or not replica.set_aside or replica.aside_until != "probe":
                 return
             try:
                 await self._probe(replica)

@@ -15,14 +15,9 @@ Life = tuple[str, int]
 Resident = Mapping[int, frozenset[int]]
 """layer -> experts"""
 
-Until = Literal["heartbeat", "probe", "sign", "claims"]
-"""What brings back a replica that was set aside: its next heartbeat, an answer to a probe, a sign
-of life (an answer to a probe as well; but whom nobody can replace gets work even without: it may
-only be slow), or a heartbeat that claims to hold something else. A new life of it always starts
-afresh."""
-
-PROBED: frozenset[Until] = frozenset({"probe", "sign"})
-"""Whom an answer to a probe brings back."""
+Until = Literal["heartbeat", "probe", "claims"]
+"""What brings back a replica that was set aside: its next heartbeat, an answer to a probe, or a
+heartbeat that claims to hold something else. A new life of it always starts afresh."""
 
 UNKNOWN_ROW_US = 100.0
 """Of a replica that has not computed anything yet."""
@@ -67,13 +62,6 @@ class Replica:
     def takes_work(self) -> bool:
         """Whether rows may be sent to it."""
         return not self.set_aside and self.state.status == control_pb2.REPLICA_STATUS_READY
-
-    @property
-    def is_last_resort(self) -> bool:
-        """Whether rows may be sent to it if there is nobody else: it is silent, and not known to be
-        gone."""
-        is_ready = self.state.status == control_pb2.REPLICA_STATUS_READY
-        return bool(self.set_aside) and self.aside_until == "sign" and is_ready
 
     @property
     def resident(self) -> Resident | None:
@@ -138,23 +126,17 @@ def _is_newer(new: control_pb2.ReplicaState, old: control_pb2.ReplicaState) -> b
 def _stays_aside(old: Replica, new: control_pb2.ReplicaState) -> bool:
     if not old.set_aside or old.aside_until == "heartbeat":
         return False
-    return old.aside_until != "claims" or old.state.holds == new.holds
+    return old.aside_until == "probe" or old.state.holds == new.holds
 
 
 def _holders(replicas: Mapping[str, Replica]) -> Mapping[Key, tuple[str, ...]]:
-    own = sorted(replicas.items())
-    found = _keys_of((name, replica) for name, replica in own if replica.takes_work)
-    silent = [(name, replica) for name, replica in own if replica.is_last_resort]
-    return MappingProxyType({**_keys_of(silent), **found})
-
-
-def _keys_of(replicas: Iterable[tuple[str, Replica]]) -> dict[Key, tuple[str, ...]]:
     found: dict[Key, list[str]] = {}
-    for name, replica in replicas:
-        for held in replica.state.holds:
-            for expert in held.experts:
-                found.setdefault((held.layer, expert), []).append(name)
-    return {key: tuple(names) for key, names in found.items()}
+    for name, replica in sorted(replicas.items()):
+        if replica.takes_work:
+            for held in replica.state.holds:
+                for expert in held.experts:
+                    found.setdefault((held.layer, expert), []).append(name)
+    return MappingProxyType({key: tuple(names) for key, names in found.items()})
 
 
 @dataclass(frozen=True)
@@ -164,8 +146,7 @@ class Snapshot:
     version: int = 0
     replicas: Mapping[str, Replica] = field(default_factory=lambda: _NO_REPLICAS)
     holders: Mapping[Key, tuple[str, ...]] = field(default_factory=lambda: _NO_HOLDERS)
-    """(layer, expert) -> ids of the replicas that take work for it, sorted; silent ones if nobody
-    else does."""
+    """(layer, expert) -> ids of the replicas that take work for it, sorted."""
 
     def with_state(
         self,
@@ -198,10 +179,8 @@ class Snapshot:
             fresh = replace(fresh, load=old.load, heard_s=old.heard_s, others_rows=old.others_rows)
         if old and old.life == fresh.life and _stays_aside(old, state):
             fresh = replace(fresh, set_aside=old.set_aside, aside_until=old.aside_until)
-        same_work = (
-            old is not None
-            and old.state.holds == state.holds
-            and (old.takes_work, old.is_last_resort) == (fresh.takes_work, fresh.is_last_resort)
+        same_work = old is not None and (
+            old.takes_work == fresh.takes_work and old.state.holds == state.holds
         )
         return self._with(fresh, keep_holders=same_work)
 
@@ -228,7 +207,7 @@ class Snapshot:
     def without_work_for(self, life: Life, reason: str, until: Until = "heartbeat") -> Self:
         """Give the replica no more work until something brings it back."""
         old = self.replicas.get(life[0])
-        if old is None or old.life != life or (old.set_aside and not old.is_last_resort):
+        if old is None or old.life != life or old.set_aside:
             return self
         aside = replace(old, set_aside=reason, aside_until=until)
         return self._with(aside, keep_holders=False)
@@ -236,7 +215,7 @@ class Snapshot:
     def with_probed(self, life: Life) -> Self:
         """After a replica has answered a probe."""
         old = self.replicas.get(life[0])
-        if old is None or old.life != life or not old.set_aside or old.aside_until not in PROBED:
+        if old is None or old.life != life or not old.set_aside or old.aside_until != "probe":
             return self
         return self._with(replace(old, set_aside=""), keep_holders=False)
 

@@ -221,24 +221,3 @@ def test_a_probe_does_not_bring_back_who_waits_for_something_else() -> None:
 def test_spare_is_who_has_another_holder_for_everything() -> None:
     assert [three().is_spare(name) for name in "abc"] == [False, True, False]
     assert not three().without_work_for(LIFE_A, "x").without_work_for(("c", 1), "x").is_spare("b")
-
-
-def test_the_silent_are_asked_only_when_nobody_else_is_left() -> None:
-    silent = three().without_work_for(LIFE_A, "silent", "sign")
-    assert silent.holders == {(4, 0): ("a",), (4, 1): ("b", "c"), (4, 2): ("c",)}
-    assert not silent.replicas["a"].takes_work
-    alone = silent.without("b").without("c")
-    assert alone.holders == {(4, 0): ("a",), (4, 1): ("a",)}
-    assert alone.with_probed(LIFE_A).replicas["a"].takes_work
-
-
-def test_the_silent_that_turn_out_to_be_gone_are_asked_no_more() -> None:
-    silent = three().without_work_for(LIFE_A, "silent", "sign")
-    gone = silent.without_work_for(LIFE_A, "its stream broke", "probe")
-    assert gone.replicas["a"].set_aside == "its stream broke"
-    assert (4, 0) not in gone.holders
-    draining = silent.with_state(
-        replica_state("a", holds=holds({4: [0, 1]}), status=pb.REPLICA_STATUS_DRAINING, sequence=9),
-        60.0,
-    )
-    assert (4, 0) not in draining.holders
